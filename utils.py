@@ -9,12 +9,14 @@ All formats are little-endian.
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
 import os
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,6 +79,21 @@ def layout(config):
         "ln_f/g": (C,),
         "ln_f/b": (C,),
     }
+
+
+def tensors(config):
+    """Yield (name, shape) of every tensor in file order: `layout` with its layers taken apart.
+
+    The names are OpenAI's, `model/h3/attn/c_attn/w`; wte is (V, C), without its padding.
+    """
+    for name, shape in layout(config).items():
+        if name == "wte":
+            yield "model/wte", (config.n_vocab, config.n_embd)
+        elif name.startswith("h/"):
+            for i in range(config.n_layer):
+                yield f"model/h{i}{name[1:]}", shape[1:]
+        else:
+            yield f"model/{name}", shape
 
 
 def n_params(config):
@@ -147,12 +164,19 @@ def atomic_write(path):
     try:
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)  # "No space left on device" should say where
         raise
+
+
+def sync(file):
+    """Return when everything written to the file so far is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -214,11 +238,29 @@ def write_model_header(file, config):
     write_header(file, MODEL_MAGIC, 3, *sizes)
 
 
+def write_model(file, config, get):
+    """Write a model .bin file of version 3; `get(name)` returns a tensor when it is its turn.
+
+    Raises ValueError for an array of another shape than `tensors` says.
+    """
+    write_model_header(file, config)
+    for name, shape in tensors(config):
+        write_array(file, get(name), shape)
+        if name == "model/wte":
+            file.write(bytes(4 * (config.n_vocab_padded - config.n_vocab) * config.n_embd))
+
+
+def write_array(file, array, shape):
+    """Write an array as float32, after checking its shape."""
+    if array.shape != shape:
+        raise ValueError(f"an array of shape {array.shape}, expected {shape}")
+    file.write(np.ascontiguousarray(array, "<f4").data)
+
+
 def save_params(path, params):
     """Write a model .bin file exactly as llm.c's version 3 has it (float32), atomically."""
     with atomic_write(path) as file:
-        write_model_header(file, params.config)
-        file.write(np.ascontiguousarray(params.flat, "<f4").data)
+        write_model(file, params.config, params.named.__getitem__)
 
 
 def load_params(path):
@@ -399,10 +441,15 @@ def token_bytes(path, text):
 
 def read_json(path):
     """Return the object (a dict) that a JSON file holds; any other content is a ValueError."""
+    return parse_json(path, Path(path).read_bytes())
+
+
+def parse_json(path, text):
+    """Return the object (a dict) that `text`, bytes in the file `path`, holds; see `read_json`."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file in UTF-8: {error}") from None
+        raise ValueError(f"{path}: not JSON in UTF-8: {error}") from None
     if type(data) is not dict:
         raise ValueError(f"{path}: holds a JSON {type(data).__name__}, expected an object")
     return data
@@ -557,6 +604,633 @@ def check_merges(path, merges, recovered):
         f"{path}: merge {at} is {found}, but by the order of its ids it would be {expected}: "
         "encoding by the ids would differ, so this tokenizer cannot be used"
     )
+
+
+# ----------------------------------------------------------------------------------------------
+# Other people's checkpoints: what their readers share. A reader checks names, shapes and sizes,
+# then gives a Config and a function `get(name) -> array` that reads one tensor, here (out, in),
+# from the disk when it is asked for, so that a model of any size is converted in little memory.
+
+FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+class DamagedFile(ValueError):
+    """A file that contradicts its own format, length or checksum; `path` says which."""
+
+    def __init__(self, path, what):
+        super().__init__(f"{path}: {what}")
+        self.path = Path(path)
+
+
+def check_tensors(path, wanted, found):
+    """Raise ValueError, naming the tensor, unless `found` {name: entry} is what is wanted.
+
+    `wanted` is an iterable of (name, shape); an entry has a `shape` and a `dtype`.
+    """
+    names = set()
+    for name, shape in wanted:
+        if name not in found:
+            raise ValueError(f"{path}: tensor {name} is missing")
+        entry = found[name]
+        if entry.shape != shape:
+            raise ValueError(f"{path}: tensor {name} has shape {entry.shape}, expected {shape}")
+        if entry.dtype not in FLOATS:
+            raise ValueError(
+                f"{path}: tensor {name} has dtype {entry.dtype}, can read only {', '.join(FLOATS)}"
+            )
+        names.add(name)
+    extra = sorted(set(found) - names)
+    if extra:
+        raise ValueError(f"{path}: not a GPT-2 of this size: unexpected tensor {extra[0]}")
+
+
+def read_tensor(entry):
+    """Return the array of an entry as it lies in its file, F32 as it is and the rest as float32."""
+    dtype = np.dtype(FLOATS[entry.dtype])
+    with open(entry.path, "rb") as file:
+        values = np.fromfile(file, dtype, math.prod(entry.shape), offset=entry.offset)
+    if values.size != math.prod(entry.shape):
+        raise DamagedFile(entry.path, f"ends within the {entry.size} bytes at {entry.offset}")
+    values = bf16_to_float32(values) if entry.dtype == "BF16" else values.astype("<f4", copy=False)
+    return values.reshape(entry.shape)
+
+
+# ----------------------------------------------------------------------------------------------
+# CRC32C, which guards TensorFlow's files. A CRC is the remainder of the message, read as one long
+# polynomial over GF(2), after division by P. Now x^290 + x^136 + x^113 + x^107 + x^32 + 1 is a
+# multiple of P, and so are its square x^580 + x^272 + ... + 1 and every further square. Modulo P
+# a leading part of the message may therefore be struck out and added (XOR) at five places further
+# on: whole arrays at once. The 290 bytes that remain are looked up bit by bit in a table of x^i.
+
+CRC_POLYNOMIAL = 0x82F63B78  # P, Castagnoli's; bit 31 is the coefficient of x^0
+CRC_SPAN = 290
+CRC_STEPS = tuple(CRC_SPAN - exponent for exponent in (136, 113, 107, 32, 0))
+
+
+@functools.cache
+def crc_table():
+    """Return x^i modulo P for i = 8 CRC_SPAN - 1, ..., 1, 0 (uint32)."""
+    powers = [1 << 31]
+    while len(powers) < 8 * CRC_SPAN:
+        last = powers[-1]
+        powers.append(last >> 1 ^ (CRC_POLYNOMIAL if last & 1 else 0))
+    return np.array(powers[::-1], "<u4")
+
+
+def crc_remainder(message):
+    """Return the message (uint8, overwritten) modulo P as four bytes."""
+    while len(message) > CRC_SPAN:
+        scale = 1 << ((len(message) - 1) // CRC_SPAN).bit_length() - 1
+        n = min(len(message) - scale * CRC_SPAN, scale * CRC_STEPS[0])
+        for step in CRC_STEPS:
+            message[scale * step :][:n] ^= message[:n]
+        message = message[n:]
+    bits = np.unpackbits(message, bitorder="little").view(bool)
+    terms = crc_table()[-len(bits) :][bits]
+    return np.bitwise_xor.reduce(terms, keepdims=True).view(np.uint8)
+
+
+def crc32c(data):
+    """Return the CRC32C (RFC 3720, appendix B.4) of bytes or a contiguous array, as an int."""
+    data = np.frombuffer(data, np.uint8)
+    register = np.full(4, 255, np.uint8)
+    for start in range(0, len(data), 1 << 20):
+        message = np.append(data[start : start + (1 << 20)], np.zeros(4, np.uint8))
+        message[:4] ^= register
+        register = crc_remainder(message)
+    return int(register.view("<u4")[0]) ^ 0xFFFFFFFF
+
+
+def masked_crc32c(data):
+    """Return the CRC32C as LevelDB and TensorFlow store it: rotated, plus a constant."""
+    crc = crc32c(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+# ----------------------------------------------------------------------------------------------
+# TensorFlow checkpoints (V2 bundles): an index, which is a LevelDB table of protobuf messages
+# (https://github.com/google/leveldb/blob/main/doc/table_format.md, TensorFlow's
+# tensor_bundle.proto), and a data file with the bytes of the tensors
+
+TABLE_MAGIC = bytes.fromhex("57fb808b247547db")
+FOOTER_BYTES = 48
+LONGEST_KEY = 256  # keeps the keys of a hostile file, each built from the last, in proportion
+
+
+def read_varint(data, at):
+    """Return the varint at data[at] (seven bits a byte, low ones first) and the position after."""
+    value = 0
+    for i, byte in enumerate(data[at : at + 10]):
+        value |= (byte & 127) << 7 * i
+        if byte < 128:
+            return value, at + i + 1
+    raise ValueError(f"the number at byte {at} does not end")
+
+
+def read_varints(data, n):
+    """Return the first n varints of data."""
+    values, at = [], 0
+    for _ in range(n):
+        value, at = read_varint(data, at)
+        values.append(value)
+    return values
+
+
+def read_block(data, offset, size):
+    """Return the contents of a block of a LevelDB table, its CRC verified."""
+    end = offset + size
+    if end + 5 > len(data) - FOOTER_BYTES:
+        raise ValueError(f"a block of {size} bytes at {offset} does not fit in {len(data)} bytes")
+    kind, crc = data[end], int.from_bytes(data[end + 1 : end + 5], "little")
+    if masked_crc32c(data[offset : end + 1]) != crc:
+        raise ValueError(f"wrong CRC of the block at byte {offset}")
+    if kind != 0:
+        name = "snappy" if kind == 1 else f"method {kind}"
+        raise ValueError(f"the block at byte {offset} is compressed ({name}), cannot be read here")
+    return data[offset:end]
+
+
+def block_entries(block):
+    """Yield (key, value) of a block; a key is stored as what differs from the one before."""
+    n_restarts = int.from_bytes(block[-4:], "little")
+    end = len(block) - 4 - 4 * n_restarts
+    if end < 0:
+        raise ValueError(f"a block of {len(block)} bytes cannot hold {n_restarts} restarts")
+    key, at = b"", 0
+    while at < end:
+        n_shared, at = read_varint(block, at)
+        n_new, at = read_varint(block, at)
+        n_value, at = read_varint(block, at)
+        middle, stop = at + n_new, at + n_new + n_value
+        if n_shared > len(key) or n_shared + n_new > LONGEST_KEY or stop > end:
+            raise ValueError("an entry of a block does not fit")
+        key, value, at = key[:n_shared] + block[at:middle], block[middle:stop], stop
+        yield key, value
+
+
+def read_table(data):
+    """Return {key: value} of a LevelDB table; raises ValueError if anything in it is wrong."""
+    if len(data) < FOOTER_BYTES or data[-8:] != TABLE_MAGIC:
+        raise ValueError(f"{len(data)} bytes that do not end as an index of TensorFlow's does")
+    meta_offset, meta_size, *index = read_varints(data[-FOOTER_BYTES:], 4)
+    read_block(data, meta_offset, meta_size)  # empty, but its CRC should be right
+    entries, end, last = {}, 0, None
+    for _, handle in block_entries(read_block(data, *index)):
+        offset, size = read_varints(handle, 2)
+        if offset < end:
+            raise ValueError(f"the block at byte {offset} overlaps the one before")
+        end = offset + size
+        for key, value in block_entries(read_block(data, offset, size)):
+            if last is not None and key <= last:
+                raise ValueError(f"key {key!r} follows {last!r}, expected rising keys")
+            entries[key] = value
+            last = key
+    return entries
+
+
+def protobuf_fields(data):
+    """Yield (field number, value) of a protobuf message: an int, or the bytes of anything else."""
+    at = 0
+    while at < len(data):
+        tag, at = read_varint(data, at)
+        kind, size = tag & 7, 0
+        if kind == 0:
+            value, at = read_varint(data, at)
+        elif kind == 2:
+            size, at = read_varint(data, at)
+            value = data[at : at + size]
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+            value = int.from_bytes(data[at : at + size], "little")
+        else:
+            raise ValueError(f"protobuf field of unknown kind {kind}")
+        at += size
+        if at > len(data):
+            raise ValueError("a protobuf field does not fit its message")
+        yield tag >> 3, value
+
+
+def protobuf_message(data, defaults):
+    """Return a copy of `defaults` {field number: value} with the values that the message holds."""
+    message = dict(defaults)
+    for number, value in protobuf_fields(data):
+        if number in message:
+            if type(value) is not type(defaults[number]):
+                raise ValueError(f"protobuf field {number} is of the wrong kind")
+            message[number] = value
+    return message
+
+
+def bundle_entry(data_path, message):
+    """Return the entry (dtype, shape, offset, size, crc) of a BundleEntryProto."""
+    fields = protobuf_message(message, {1: 0, 2: b"", 3: 0, 4: 0, 5: 0, 6: 0})
+    dims = [dim for number, dim in protobuf_fields(fields[2]) if number == 2]
+    if fields[3] or len(dims) > 8 or not all(isinstance(dim, bytes) for dim in dims):
+        raise ValueError(f"an entry of {len(dims)} dimensions in shard {fields[3]}")
+    return SimpleNamespace(
+        path=data_path,
+        dtype="F32" if fields[1] == 1 else f"{fields[1]} (TensorFlow's numbering; F32 is 1)",
+        shape=tuple(protobuf_message(dim, {1: 0})[1] for dim in dims),
+        offset=fields[4],
+        size=fields[5],
+        crc=fields[6],
+    )
+
+
+def read_bundle(index_path):
+    """Return {name: entry} of a TensorFlow V2 bundle, whose data file has the size they need.
+
+    Raises FileNotFoundError, or DamagedFile for the index or the data file.
+    """
+    data_path = index_path.with_name(f"{index_path.name[: -len('.index')]}.data-00000-of-00001")
+    try:
+        table = read_table(index_path.read_bytes())
+        header = protobuf_message(table.pop(b"", b""), {1: 0, 2: 0})
+        if header != {1: 1, 2: 0}:
+            raise ValueError(
+                f"a bundle of {header[1]} shards, endianness {header[2]}; can read only 1 and 0"
+            )
+        entries = {
+            name.decode("utf-8"): bundle_entry(data_path, message)
+            for name, message in table.items()
+        }
+    except ValueError as error:
+        raise DamagedFile(index_path, error) from None
+    check_bundle_size(index_path, data_path, entries)
+    return entries
+
+
+def check_bundle_size(index_path, data_path, entries):
+    """Raise DamagedFile unless the tensors lie one after another and fill the data file."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)):
+        if entry.offset < end:
+            raise DamagedFile(index_path, f"tensor {name} overlaps the one before")
+        if entry.dtype == "F32" and entry.size != 4 * math.prod(entry.shape):
+            raise DamagedFile(index_path, f"tensor {name}: {entry.size} bytes for {entry.shape}")
+        end = entry.offset + entry.size
+    found = data_path.stat().st_size
+    if found != end:
+        raise DamagedFile(data_path, f"{found} bytes, but the index describes {end}")
+
+
+def open_openai(folder):
+    """Return (config, get) of a folder in OpenAI's layout: `hparams.json` and a bundle.
+
+    A weight is (1, in, out) there. Raises FileNotFoundError, or ValueError that names the file
+    and the tensor; `get` verifies the tensor's CRC.
+    """
+    config = read_hparams(folder / "hparams.json")
+    index_path = find_index(folder)
+    entries = read_bundle(index_path)
+    is_linear = re.compile(r"model/h\d+/.*/w").fullmatch
+    stored = ((n, (1, *shape[::-1]) if is_linear(n) else shape) for n, shape in tensors(config))
+    check_tensors(index_path, stored, entries)
+
+    def get(name):
+        entry = entries[name]
+        array = read_tensor(entry)
+        if masked_crc32c(array) != entry.crc:
+            raise DamagedFile(entry.path, f"wrong CRC of tensor {name}")
+        return array[0].T if is_linear(name) else array
+
+    return config, get
+
+
+def read_hparams(path):
+    """Return the Config in OpenAI's `hparams.json`; raises DamagedFile if it does not hold one."""
+    hparams = read_json(path)
+    names = [field.name for field in fields(Config)]
+    missing = [name for name in names if name not in hparams]
+    if missing:
+        raise DamagedFile(path, f"{missing[0]} is missing")
+    try:
+        return Config(**{name: hparams[name] for name in names})
+    except ValueError as error:
+        raise DamagedFile(path, error) from None
+
+
+def find_index(folder):
+    """Return the path of `model.ckpt.index`, or of the only other index in the folder."""
+    path = folder / "model.ckpt.index"
+    others = sorted(folder.glob("*.index"))
+    return others[0] if len(others) == 1 and not path.exists() else path
+
+
+# ----------------------------------------------------------------------------------------------
+# Hugging Face folders: `config.json`, and tensors in safetensors files
+# (https://huggingface.co/docs/safetensors): a header length, a header in JSON, then raw bytes
+
+HF_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, not a parameter
+
+
+def hf_name(name):
+    """Return Hugging Face's name: model/h3/ln_1/g is h.3.ln_1.weight, model/wte is wte.weight."""
+    path = re.sub(r"^model/h(\d+)/", r"model/h/\1/", name).split("/")[1:]
+    leaf = {"w": "weight", "g": "weight", "b": "bias"}
+    last = [leaf[path[-1]]] if path[-1] in leaf else [path[-1], "weight"]
+    return ".".join(path[:-1] + last)
+
+
+def hf_shape(name, shape):
+    """Return the shape at Hugging Face: a linear layer's weight is (in, out) there."""
+    return shape[::-1] if name.endswith("/w") else shape
+
+
+def read_safetensors(path):
+    """Return {name: entry} of a safetensors file.
+
+    Raises FileNotFoundError, or DamagedFile unless the tensors fill the file, none over another.
+    """
+    n_bytes = path.stat().st_size
+    with open(path, "rb") as file:
+        n_header = int.from_bytes(file.read(8), "little")
+        if n_header > n_bytes - 8:
+            raise DamagedFile(path, f"a header of {n_header} bytes in a file of {n_bytes}")
+        header = parse_json(path, file.read(n_header))
+    header.pop("__metadata__", None)
+    end = 8 + n_header
+    entries = {name: safetensors_entry(path, name, info, end) for name, info in header.items()}
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)):
+        if entry.offset != end:
+            raise DamagedFile(path, f"tensor {name} begins at byte {entry.offset}, expected {end}")
+        end += entry.size
+    if end != n_bytes:
+        raise DamagedFile(path, f"{n_bytes} bytes, but its header describes {end}")
+    return entries
+
+
+def safetensors_entry(path, name, info, data_start):
+    """Return the entry (dtype, shape, offset, size) that a safetensors header describes."""
+    try:
+        dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        dtype, shape, start, end = None, (), 0, 0
+    numbers = (*shape, start, end)
+    if not isinstance(dtype, str) or len(shape) > 8 or not all(type(n) is int for n in numbers):
+        raise DamagedFile(path, f"tensor {name} has no proper dtype, shape and data_offsets")
+    if min(numbers) < 0 or end < start:
+        raise DamagedFile(path, f"tensor {name}: shape {shape}, bytes {start} to {end}")
+    if dtype in FLOATS and end - start != math.prod(shape) * np.dtype(FLOATS[dtype]).itemsize:
+        raise DamagedFile(path, f"tensor {name}: {end - start} bytes for {shape} in {dtype}")
+    return SimpleNamespace(
+        path=path, dtype=dtype, shape=shape, offset=data_start + start, size=end - start
+    )
+
+
+def hf_tensors(folder):
+    """Return {name: entry} of all safetensors files of a model, names without `transformer.`."""
+    paths = [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not paths[0].exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(
+            isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()
+        ):
+            raise DamagedFile(index, "no proper weight_map")
+        paths = [folder / shard for shard in sorted(set(shards.values()))]
+    entries = {}
+    for path in paths:
+        for name, entry in read_safetensors(path).items():
+            short = name.removeprefix("transformer.")
+            if short in entries:
+                raise ValueError(f"{path}: tensor {name} is there twice")
+            if not HF_BUFFER.fullmatch(short):
+                entries[short] = entry
+    return entries
+
+
+def open_hf(folder):
+    """Return (config, get) of a Hugging Face GPT-2; F16 and BF16 are read as float32.
+
+    Raises FileNotFoundError, or ValueError if the config is not a GPT-2's or the tensors are not
+    those it asks for.
+    """
+    config = read_hf_config(folder / "config.json")
+    entries = hf_tensors(folder)
+    head = entries.pop("lm_head.weight", None)
+    wanted = ((hf_name(name), hf_shape(name, shape)) for name, shape in tensors(config))
+    check_tensors(folder, wanted, entries)
+    if head is not None:
+        check_tensors(
+            folder, [("lm_head.weight", entries["wte.weight"].shape)], {"lm_head.weight": head}
+        )
+        same = np.array_equal(*(read_tensor(e).view("<u4") for e in (head, entries["wte.weight"])))
+        if not same:
+            raise ValueError(f"{folder}: lm_head.weight differs from wte.weight: an untied head")
+
+    def get(name):
+        array = read_tensor(entries[hf_name(name)])
+        return array.T if name.endswith("/w") else array
+
+    return config, get
+
+
+def read_hf_config(path):
+    """Return the Config in a `config.json`; a missing key has the default of GPT2Config.
+
+    Raises DamagedFile, or ValueError naming the first setting that GPT-2 does not have.
+    `reorder_and_upcast_attn` is not among them: it only computes attention more precisely.
+    """
+    found = read_json(path)
+    names = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}
+    default = {
+        field.name: found.get(names.get(field.name, field.name), field.default)
+        for field in fields(Config)
+    }
+    try:
+        config = Config(**default)
+    except ValueError as error:
+        raise DamagedFile(path, error) from None
+    only = {  # the first is what a missing key means
+        "model_type": ("gpt2",),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,),
+        "n_inner": (None, 4 * config.n_embd),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+    }
+    for name, values in only.items():
+        value = found.get(name, values[0])
+        if value not in values:
+            expected = " or ".join(map(repr, values))
+            raise ValueError(f"{path}: {name} = {value!r}, GPT-2 as written here has {expected}")
+    return config
+
+
+def write_safetensors(file, config, get):
+    """Write the tensors as Hugging Face's GPT2LMHeadModel saves them, in float32."""
+    names = {f"transformer.{hf_name(name)}": (name, shape) for name, shape in tensors(config)}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for key, (name, shape) in sorted(names.items()):
+        start, end = end, end + 4 * math.prod(shape)
+        header[key] = {"dtype": "F32", "shape": hf_shape(name, shape), "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, (name, shape) in sorted(names.items()):
+        array = get(name)
+        write_array(file, array.T if name.endswith("/w") else array, hf_shape(name, shape))
+
+
+# ----------------------------------------------------------------------------------------------
+# Converting one format into another
+
+
+def note(message):
+    """Tell the user something, on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def open_model(source):
+    """Return (config, get, kind) of a model in any format that we read.
+
+    Raises FileNotFoundError, or ValueError saying what was found and what was expected.
+    """
+    if source.is_file():
+        params = load_params(source)
+        return params.config, params.named.__getitem__, "a model file"
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: no such folder")
+    names = sorted(path.name for path in source.iterdir())
+    if "model.bin" in names:
+        return *open_model(source / "model.bin")[:2], "one of our models"
+    if "hparams.json" in names or any(name.endswith(".index") for name in names):
+        return *open_openai(source), "a checkpoint in OpenAI's layout"
+    if any(name.startswith("model.safetensors") for name in names):
+        return *open_hf(source), "a Hugging Face model"
+    if "pytorch_model.bin" in names:
+        raise ValueError(f"{source}: found pytorch_model.bin; save the model as safetensors first")
+    raise ValueError(
+        f"{source}: found {', '.join(names[:8]) or 'nothing'}; expected model.bin, OpenAI's "
+        "hparams.json and model.ckpt.*, or Hugging Face's config.json and model.safetensors"
+    )
+
+
+def open_tokenizer(source, config):
+    """Return (tokens, eot) that lie beside a model, or None, which is noted, as is a short table.
+
+    Raises ValueError if the table is damaged or has more tokens than the model.
+    """
+    try:
+        tokens, eot = load_tokenizer(source)
+    except FileNotFoundError:
+        note(f"{source}: no tokenizer there; converting the model alone")
+        return None
+    if len(tokens) > config.n_vocab:
+        raise ValueError(f"{source}: {len(tokens)} tokens exceed the model's {config.n_vocab}")
+    if len(tokens) < config.n_vocab:
+        note(f"{source}: {len(tokens)} tokens, fewer than the model's {config.n_vocab}")
+    return tokens, eot
+
+
+def convert(source, target, to="bin"):
+    """Convert a model to a folder of ours (`to="bin"`) or of Hugging Face's (`to="hf"`).
+
+    `source` is a folder in OpenAI's layout, of Hugging Face's or of ours, or a model .bin file.
+    Nothing in `target` is replaced before everything in `source` has been read and verified.
+    Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
+    """
+    source, target = Path(source), Path(target)
+    folder = source.parent if source.is_file() else source
+    if target.resolve() == folder.resolve():
+        raise ValueError(f"{target} is the source itself: give another folder as the target")
+    if target.is_file() or target.suffix == ".bin":
+        raise ValueError(f"{target} is the name of a file: give a folder as the target")
+    config, get, kind = open_model(source)
+    note(f"{source}: {kind}, {config}")
+    tokenizer = open_tokenizer(folder, config)
+    {"bin": save_model_folder, "hf": save_hf_folder}[to](target, config, get, tokenizer)
+    note(f"{target}: written")
+
+
+def refuse_leftovers(folder, written, others):
+    """Raise ValueError if a folder has one of `others`, which would not belong to what is written.
+
+    Whoever loaded the folder would read the new model with some old model's file.
+    """
+    for name in others:
+        if name not in written and (folder / name).exists():
+            raise ValueError(
+                f"{folder / name} would be left from another model: remove it, or give a new folder"
+            )
+
+
+def save_model_folder(folder, config, get, tokenizer):
+    """Write `tokenizer.bin` (unless it is None) and `model.bin`, whose rename comes last."""
+    refuse_leftovers(folder, ["tokenizer.bin"] if tokenizer else [], ["tokenizer.bin"])
+    with atomic_write(folder / "model.bin") as file:
+        write_model(file, config, get)
+        sync(file)  # the slow part is over: the two files change within a moment
+        if tokenizer:
+            save_tokenizer(folder / "tokenizer.bin", *tokenizer)
+
+
+def save_hf_folder(folder, config, get, tokenizer):
+    """Write a folder that transformers loads: config, tokenizer (unless it is None), tensors."""
+    files = {"config.json": hf_config(config, tokenizer[1] if tokenizer else None)}
+    if tokenizer:
+        files |= hf_tokenizer(config, *tokenizer)
+    refuse_leftovers(folder, files, HF_FILES)
+    with atomic_write(folder / "model.safetensors") as file:
+        write_safetensors(file, config, get)
+        sync(file)
+        for name, content in files.items():
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            with atomic_write(folder / name) as small:
+                small.write(text.encode("utf-8"))
+
+
+HF_FILES = (  # what transformers reads in a folder, beside config.json and model.safetensors
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+
+
+def hf_config(config, eot):
+    """Return the content of `config.json`: what transformers needs to know of a GPT-2."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.n_vocab,
+        "n_positions": config.n_ctx,
+        "n_embd": config.n_embd,
+        "n_head": config.n_head,
+        "n_layer": config.n_layer,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+    }
+
+
+def hf_tokenizer(config, tokens, eot):
+    """Return {name: content} of the files from which transformers makes a GPT-2 tokenizer."""
+    letters = bytes_to_unicode()
+    texts = ["".join(letters[byte] for byte in token) for token in tokens]
+    merges = [
+        " ".join("".join(letters[byte] for byte in part) for part in pair)
+        for pair in recover_merges(tokens, eot)
+    ]
+    special = None if eot is None else texts[eot]
+    return {
+        "vocab.json": {text: id for id, text in enumerate(texts)},
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+        "tokenizer_config.json": {
+            "tokenizer_class": "GPT2Tokenizer",
+            "add_prefix_space": False,
+            "model_max_length": config.n_ctx,
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), special),
+        },
+    }
 
 
 # ----------------------------------------------------------------------------------------------
