@@ -8,14 +8,18 @@ All formats are little-endian.
 """
 
 import argparse
+import base64
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
 import os
 import re
+import shutil
 import sys
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -1234,6 +1238,344 @@ def hf_tokenizer(config, tokens, eot):
 
 
 # ----------------------------------------------------------------------------------------------
+# Downloads. Every file goes to `<file>.part`, beside which `<file>.part.json` keeps what the
+# server said of it, so that a later call can ask for the rest; it gets its own name when its
+# length and checksums are right. All of it happens in `.download`, one process at a time.
+
+OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
+MODEL_NAMES = ("124M", "355M", "774M", "1558M")
+MODEL_ALIASES = {
+    "117M": "124M",
+    "345M": "355M",
+    "gpt2": "124M",
+    "gpt2-medium": "355M",
+    "gpt2-large": "774M",
+    "gpt2-xl": "1558M",
+}
+OPENAI_FILES = (
+    "encoder.json",
+    "vocab.bpe",
+    "hparams.json",
+    "model.ckpt.index",
+    "model.ckpt.data-00000-of-00001",
+)
+TOKENIZER_SHA256 = {  # the same for every size of model
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+SHA256_124M = {  # from a secondary source: a mismatch is told, and the tensors' CRC decides
+    "hparams.json": "d9d56e4121c427164e0c55c6f03c08e1daf9002b9b672825112d19097b680318",
+    "model.ckpt.index": "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
+    "model.ckpt.data-00000-of-00001": (
+        "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118"
+    ),
+}
+TIMEOUTS = (5, 30)  # seconds to connect, and to wait for the next bytes
+MOST_FAILURES = 5  # in a row, without a byte of progress
+
+
+def resolve_name(name):
+    """Return OpenAI's name of a model, `124M` for `gpt2`; raises ValueError if it is not one."""
+    if name not in MODEL_NAMES and name not in MODEL_ALIASES:
+        known = ", ".join([*MODEL_NAMES, *MODEL_ALIASES])
+        raise ValueError(f"unknown model {name!r}, expected one of {known}")
+    return MODEL_ALIASES.get(name, name)
+
+
+def download(name, models_dir=MODELS_DIR, base_url=None, keep=False, pause=time.sleep):
+    """Fetch one of OpenAI's models into `models_dir`/<name> and convert it; return that folder.
+
+    A finished model is left alone, an interrupted download goes on. `base_url` (or else
+    GPT2_BASE_URL in the environment, or else OpenAI's) is where <name>/encoder.json and the other
+    files lie; `keep` keeps them, in the folder `openai`; `pause(seconds)` waits before a retry.
+    Raises ValueError for a bad name or file, ConnectionError if the server cannot be reached or
+    keeps failing, and another OSError for what it refuses or the disk cannot take.
+    """
+    name = resolve_name(name)
+    base_url = (base_url or os.environ.get("GPT2_BASE_URL") or OPENAI_URL).rstrip("/")
+    folder = Path(models_dir) / name
+    work = folder / ".download"
+    if find_problem(folder) is None and not work.exists():
+        note(f"{folder}: already downloaded")
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_process(folder / ".lock"):
+        problem = find_problem(folder)
+        if problem is None:  # another process has done it, or one was stopped while cleaning up
+            note(f"{folder}: already downloaded")
+        else:
+            if isinstance(problem, ValueError):
+                note(f"{problem}; downloading the model again")
+            fetch_all(f"{base_url}/{name}", work, SHA256_124M if name == "124M" else {}, pause)
+            convert_download(work, folder)
+            if keep:
+                shutil.rmtree(folder / "openai", ignore_errors=True)
+                os.replace(work, folder / "openai")
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def find_problem(folder):
+    """Return None if a folder's model and tokenizer load, else the error that says why not."""
+    try:
+        load_params(folder / "model.bin")
+        load_tokenizer(folder / "tokenizer.bin")
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        return error
+    return None
+
+
+@contextlib.contextmanager
+def only_process(path):
+    """Hold the lock of a file, having waited for another process that holds it.
+
+    The operating system frees the lock of a process that dies. The file is removed at a good
+    end: whoever still waits for it will find the work done.
+    """
+    with open(path, "ab") as file:
+        if not try_lock(file):
+            note(f"{path.parent}: waiting for another download of this model to end")
+            while not try_lock(file):
+                time.sleep(0.2)
+        yield
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def try_lock(file):
+    """Return whether the lock of an open file is ours now; True where files have no locks."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass  # some network file systems: two at once would fail their checksums, no worse
+    return True
+
+
+def fetch_all(url, folder, reported_sha256, pause):
+    """Fetch OpenAI's files of one model into a folder; those that are there already are good."""
+    folder.mkdir(exist_ok=True)
+    reached = False
+    for name in OPENAI_FILES:
+        path = folder / name
+        if not path.exists():
+            fetch(f"{url}/{name}", path, TOKENIZER_SHA256.get(name), reached, pause)
+            reached = True
+        expected = reported_sha256.get(name)
+        if expected and file_hash(path, "sha256").hexdigest() != expected:
+            note(f"{name}: not the file known for this model (sha256); its contents will decide")
+
+
+def convert_download(work, folder):
+    """Convert a downloaded checkpoint; if it is damaged, remove what has to be fetched again."""
+    try:
+        convert(work, folder)
+    except ValueError as error:
+        for name in OPENAI_FILES:
+            path = work / name
+            if "data" not in name or getattr(error, "path", None) == path:
+                path.unlink(missing_ok=True)
+        raise ValueError(f"{error}; run this again to fetch the damaged file again") from None
+
+
+def fetch(url, path, sha256=None, reached=False, pause=time.sleep):
+    """Download `url` to `path`, going on with an earlier part and trying again after a failure.
+
+    Gives up after MOST_FAILURES in a row that brought nothing, or after 2 if the server was never
+    `reached`. Raises as `download` does.
+    """
+    import requests
+
+    part = path.with_name(f"{path.name}.part")
+    best, failures = size_of(part), 0
+    while True:
+        try:
+            return fetch_once(url, path, part, sha256)
+        except (requests.RequestException, ConnectionError, TimeoutError, DamagedFile) as error:
+            problem = error
+        reached = reached or not is_unreachable(problem)
+        failures = 1 if size_of(part) > best else failures + 1
+        best = max(best, size_of(part))
+        reason = root_cause(problem)
+        if failures >= (MOST_FAILURES if reached else 2):
+            if isinstance(problem, DamagedFile):
+                raise ValueError(f"{url}: {reason}")
+            raise ConnectionError(f"{url}: {reason}. {NETWORK_ADVICE}")
+        seconds = 2 ** (failures - 1)
+        note(f"{path.name}: {reason}; trying again in {seconds} s")
+        pause(seconds)
+
+
+NETWORK_ADVICE = (
+    "Run this again to go on from here; or check the network and HTTPS_PROXY, name a mirror with "
+    "--base_url or GPT2_BASE_URL, or use a model that you have: python utils.py convert --help"
+)
+
+
+def is_unreachable(error):
+    """Return whether an error means that no connection was made, not that one was lost."""
+    return bool(error.args) and type(error.args[0]).__name__ == "MaxRetryError"
+
+
+def root_cause(error):
+    """Return the innermost of the exceptions that requests and urllib3 wrap into one another."""
+    while True:
+        inner = [
+            x for x in (getattr(error, "reason", None), *error.args) if isinstance(x, Exception)
+        ]
+        if not inner:
+            return error
+        error = inner[0]
+
+
+def size_of(path):
+    """Return the size of a file in bytes, 0 if it does not exist."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def file_hash(path, kind):
+    """Return the hash of a file's contents, `kind` being "md5" or "sha256"."""
+    digest = hashlib.new(kind, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest
+
+
+def fetch_once(url, path, part, sha256):
+    """Make one attempt at `fetch`: the request (unless all is here), the checks, the rename."""
+    import requests
+
+    state = read_state(part)
+    have = size_of(part) if state else 0
+    if not have or have != state["size"]:
+        headers = {"Accept-Encoding": "identity"}
+        if have:
+            headers["Range"] = f"bytes={have}-"
+        if have and state["validator"]:
+            headers["If-Range"] = state["validator"]  # the rest only if the file is the same
+        try:
+            answer = requests.get(url, headers=headers, stream=True, timeout=TIMEOUTS)
+        except ValueError as error:
+            raise ValueError(f"{url}: not an address to download from: {error}") from None
+        with answer:
+            check_answer(url, answer, part)
+            state = begin_part(answer, part, have, state)
+            receive(url, answer, part, state["size"])
+    check_hashes(part, state["md5"], sha256)
+    os.replace(part, path)
+    state_path(part).unlink(missing_ok=True)
+
+
+def state_path(part):
+    """Return the path of the small file that says what a `.part` file is a part of."""
+    return part.with_name(f"{part.name}.json")
+
+
+def read_state(part):
+    """Return what the server said of a file when its part was begun, None if that is not known.
+
+    The keys: `size` in bytes, `md5` (base64), `validator` (for If-Range), each None if not said.
+    """
+    try:
+        state = read_json(state_path(part))
+    except (OSError, ValueError):
+        return None
+    return state if set(state) == {"size", "md5", "validator"} else None
+
+
+def check_answer(url, answer, part):
+    """Raise ConnectionError for a failure that may pass, OSError or ValueError for another."""
+    status = f"HTTP status {answer.status_code} {answer.reason or ''}".strip()
+    if answer.status_code == 416:
+        part.unlink(missing_ok=True)
+        raise ConnectionError(f"{status}: cannot go on, starting over")
+    if answer.status_code in (408, 425, 429) or answer.status_code >= 500:
+        raise ConnectionError(status)
+    if answer.status_code not in (200, 206):
+        raise OSError(f"{url}: {status}")
+    kind = answer.headers.get("Content-Type", "")
+    if re.search(r"\b(html|xml)\b", kind.lower()):
+        raise ValueError(f"{url}: the server sent a page ({kind}) instead of the file")
+    encoding = answer.headers.get("Content-Encoding", "identity").lower()
+    if encoding not in ("", "identity"):
+        raise ValueError(f"{url}: the server sent the file encoded ({encoding}), not as it is")
+
+
+def begin_part(answer, part, have, state):
+    """Make `part` ready for the bytes of an answer to be appended; return the state of it."""
+    if answer.status_code == 206:
+        found = re.fullmatch(
+            r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", "").strip()
+        )
+        as_asked = found and have and int(found[1]) == have
+        if not as_asked or found[2] not in ("*", str(state["size"] or "*")):
+            part.unlink(missing_ok=True)
+            raise ConnectionError("the server sent another part than asked for, starting over")
+        return state
+    part.unlink(missing_ok=True)
+    length, etag = answer.headers.get("Content-Length", ""), answer.headers.get("ETag", "")
+    state = {
+        "size": int(length) if length.isdecimal() else None,
+        "md5": answer.headers.get("Content-MD5"),
+        "validator": etag if etag.startswith('"') else answer.headers.get("Last-Modified"),
+    }
+    state_path(part).write_text(json.dumps(state), encoding="utf-8")
+    return state
+
+
+def receive(url, answer, part, size):
+    """Append the body of an answer to `part`, showing progress; raise unless `size` is reached."""
+    from tqdm import tqdm
+
+    have, units = size_of(part), {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    try:
+        with (
+            open(part, "ab") as file,
+            tqdm(desc=part.stem, total=size, initial=have, file=sys.stderr, **units) as bar,
+        ):
+            for chunk in answer.iter_content(1 << 16):
+                if file.tell() == 0 and is_page(chunk):
+                    raise ValueError(f"{url}: the server sent a page instead of the file")
+                file.write(chunk)
+                bar.update(len(chunk))
+            sync(file)
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(part)
+        raise
+    if size is not None and size_of(part) != size:
+        if size_of(part) > size:
+            part.unlink()
+        raise ConnectionError(f"{size_of(part)} of {size} bytes arrived")
+
+
+def is_page(chunk):
+    """Return whether bytes begin as a page of HTML or XML does."""
+    start = chunk[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<error", b"<!--"))
+
+
+def check_hashes(part, md5, sha256):
+    """Raise DamagedFile, having removed `part`, unless its hashes are as they should be."""
+    if md5 and base64.b64encode(file_hash(part, "md5").digest()).decode() != md5.strip():
+        part.unlink()
+        raise DamagedFile(part, "what arrived has another MD5 than the server says")
+    if sha256 and file_hash(part, "sha256").hexdigest() != sha256:
+        part.unlink()
+        raise DamagedFile(part, "what arrived has another SHA-256 than OpenAI's file")
+
+
+# ----------------------------------------------------------------------------------------------
 # Commands: what the four programs share
 
 
@@ -1257,3 +1599,63 @@ def run(main):
         sys.exit(130)
     except (ValueError, OSError, ImportError, MemoryError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
+
+
+# ----------------------------------------------------------------------------------------------
+# The commands `download` and `convert`
+
+
+def parse_args():
+    """Return the arguments of `python utils.py`."""
+    parser = ArgumentParser(
+        description="Get GPT-2's weights, and convert them between formats.",
+        epilog="example: python utils.py download 124M && python gpt2.py 'Hello, my name is'",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    sub = commands.add_parser(
+        "download",
+        help="fetch one of OpenAI's models and convert it",
+        description="Fetch one of OpenAI's models and convert it to models/<name>/model.bin and "
+        "tokenizer.bin. A download that was interrupted goes on where it stopped; one that is "
+        "done is left alone. Proxies are taken from HTTPS_PROXY and its relatives.",
+        epilog="example: python utils.py download 124M",
+    )
+    sub.add_argument("name", choices=[*MODEL_NAMES, *MODEL_ALIASES], help="which model")
+    sub.add_argument("--models_dir", type=Path, default=MODELS_DIR, help="the folder of models")
+    sub.add_argument(
+        "--base_url",
+        default=os.environ.get("GPT2_BASE_URL") or OPENAI_URL,
+        help="where <name>/encoder.json and the others lie; GPT2_BASE_URL in the environment "
+        "sets it too",
+    )
+    sub.add_argument("--keep", action="store_true", help="keep OpenAI's files, in <name>/openai")
+    sub = commands.add_parser(
+        "convert",
+        help="convert a model from or to another format",
+        description="Convert a model, and the tokenizer beside it. SOURCE is a folder in OpenAI's "
+        "layout (hparams.json, model.ckpt.*), in Hugging Face's (config.json, model.safetensors), "
+        "one of our model folders, or a model .bin file. What TARGET holds is replaced only when "
+        "the whole of SOURCE has been read and verified.",
+        epilog="example: python utils.py convert path/to/gpt2 models/mine",
+    )
+    sub.add_argument("source", metavar="SOURCE", type=Path, help="a folder, or a model .bin file")
+    sub.add_argument("target", metavar="TARGET", type=Path, help="the folder to write")
+    sub.add_argument(
+        "--to",
+        choices=["bin", "hf"],
+        default="bin",
+        help="what to write: our model.bin and tokenizer.bin, or what transformers loads",
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.command == "download":
+        download(args.name, args.models_dir, args.base_url, args.keep)
+    else:
+        convert(args.source, args.target, args.to)
+
+
+if __name__ == "__main__":
+    run(main)
