@@ -1,0 +1,769 @@
+"""GPT-2 in NumPy: token ids into logits, gradients and new ids.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". The reading order is
+the order of explanation: the layers, each forward followed by its backward; the model made of
+them; the key/value cache; sampling and generation; the command line.
+
+Every layer is a pair of functions. The forward takes its input and its parameters `p` and returns
+`out, cache`; the backward takes `dout`, the gradient of the loss with respect to `out`, and that
+cache, adds the gradients of the parameters to `d` (a tree of the same names as `p`) and returns
+the gradient of the input. Its lines undo the forward's, last line first.
+
+Shapes: B batch, T tokens (queries), S tokens seen (keys), C channels, H heads, D = C / H,
+V vocabulary. No layer names a dtype: float32 parameters compute in float32, float64 in float64.
+"""
+
+import copy
+import math
+import sys
+import time
+
+import numpy as np
+
+import encoder
+import utils
+
+# ----------------------------------------------------------------------------------------------
+# The layers
+
+
+def embed(tokens, positions, p):
+    """Look up token and position embeddings: tokens (B, T), positions (B or 1, T) -> (B, T, C)."""
+    return p.wte[tokens] + p.wpe[positions], (tokens, positions)
+
+
+def embed_backward(dout, cache, d):
+    """Each row of dout is added to the row of wte, and of wpe, that it was looked up from."""
+    tokens, positions = cache
+    np.add.at(d.wpe, np.broadcast_to(positions, tokens.shape), dout)
+    np.add.at(d.wte, tokens, dout)  # not `d.wte[tokens] += dout`: a token may occur twice
+
+
+def layer_norm(x, p, eps=1e-5):
+    """Normalise each row to mean 0 and variance 1, then scale and shift: x (..., C) -> (..., C).
+
+    Ba et al. 2016, arXiv:1607.06450.
+    """
+    norm = x - x.mean(-1, keepdims=True)
+    rstd = 1 / np.sqrt(np.square(norm).mean(-1, keepdims=True) + eps)
+    norm *= rstd
+    return norm * p.g + p.b, (norm, rstd)
+
+
+def layer_norm_backward(dout, cache, p, d):
+    """dx = rstd (dnorm - mean(dnorm) - norm mean(dnorm norm)), where dnorm = dout g."""
+    norm, rstd = cache
+    d.b += sum_rows(dout)
+    d.g += sum_rows(dout * norm)
+    dx = dout * p.g
+    dx -= dx.mean(-1, keepdims=True) + norm * (dx * norm).mean(-1, keepdims=True)
+    dx *= rstd
+    return dx
+
+
+def linear(x, p):
+    """x w^T + b: x (..., I) -> (..., O), with w (O, I)."""
+    out = as_rows(x) @ p.w.T  # one matrix product over all rows, not one for each batch entry
+    out += p.b
+    return out.reshape(*x.shape[:-1], -1), x
+
+
+def linear_backward(dout, cache, p, d):
+    """dx = dout w;  dw = dout^T x;  db = the sum of dout over all rows."""
+    x = cache
+    d.b += sum_rows(dout)
+    d.w += as_rows(dout).T @ as_rows(x)
+    return (as_rows(dout) @ p.w).reshape(x.shape)
+
+
+def as_rows(x):
+    """View (..., C) as (N, C)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def sum_rows(x):
+    """Sum (..., C) over all but the last axis -> (C,)."""
+    return as_rows(x).sum(0)
+
+
+GELU_SCALE = math.sqrt(2 / math.pi)  # math, not np: a NumPy scalar would turn float32 into float64
+
+
+def gelu(x):
+    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), elementwise.
+
+    Hendrycks and Gimpel 2016, arXiv:1606.08415, in the tanh form that GPT-2 was trained with.
+    """
+    tanh = x * x
+    tanh *= 0.044715 * GELU_SCALE
+    tanh += GELU_SCALE
+    tanh *= x
+    np.tanh(tanh, out=tanh)
+    out = tanh + 1
+    out *= x
+    out *= 0.5
+    return out, (x, tanh)
+
+
+def gelu_backward(dout, cache):
+    """dx = dout 0.5 (1 + tanh + x (1 - tanh^2) sqrt(2 / pi) (1 + 3 0.044715 x^2))."""
+    x, tanh = cache
+    dx = x * x
+    dx *= 3 * 0.044715 * GELU_SCALE
+    dx += GELU_SCALE
+    dx *= x
+    dx *= 1 - tanh * tanh
+    dx += tanh
+    dx += 1
+    dx *= dout
+    dx *= 0.5
+    return dx
+
+
+def softmax(x):
+    """Turn scores (..., S) into probabilities along the last axis, in place.
+
+    Taking the largest score off each row first changes nothing and keeps exp from overflowing.
+    """
+    x -= x.max(-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= x.sum(-1, keepdims=True)
+    return x
+
+
+def softmax_backward(dout, att):
+    """dscores = att (dout - sum(dout att)), in place of dout."""
+    dout -= np.einsum("...s,...s->...", dout, att)[..., None]
+    dout *= att
+    return dout
+
+
+def attend(q, k, v, positions):
+    """Mix the values by how well each query matches each key that is not later than itself.
+
+    q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D): softmax(q k^T / sqrt(D)) v. Key s is at
+    position s, query t of row b at positions[b, t], and sees the keys s <= positions[b, t] only.
+    Vaswani et al. 2017, arXiv:1706.03762.
+    """
+    scores = q @ k.swapaxes(-1, -2)  # (B, H, T, S)
+    scores *= 1 / math.sqrt(q.shape[-1])
+    S = k.shape[2]
+    if positions.min() < S - 1:  # some query must not see some key
+        future = np.arange(S) > positions[:, None, :, None]
+        np.copyto(scores, -np.inf, where=future)
+    att = softmax(scores)
+    return att @ v, (q, k, v, att)
+
+
+def attend_backward(dout, cache):
+    """dv = att^T dout;  dscores = softmax_backward(dout v^T);  dq, dk = dscores (k, q) / sqrt(D).
+
+    Nothing is needed for the keys that were hidden: their att, and so their dscores, are 0.
+    """
+    q, k, v, att = cache
+    dv = att.swapaxes(-1, -2) @ dout
+    dscores = softmax_backward(dout @ v.swapaxes(-1, -2), att)
+    dscores *= 1 / math.sqrt(q.shape[-1])
+    dq = dscores @ k
+    dk = dscores.swapaxes(-1, -2) @ q
+    return dq, dk, dv
+
+
+def attention(x, p, n_head, positions, past=None):
+    """Multi-head causal self-attention: x (B, T, C) -> (B, T, C).
+
+    With `past`, one layer of a KVCache, the keys and values of earlier calls are seen too.
+    """
+    qkv, x = linear(x, p.c_attn)  # (B, T, 3C)
+    q, k, v = split_heads(qkv, n_head)  # (B, H, T, D) each
+    if past is not None:
+        k, v = remember(past, k, v, positions)  # (B, H, S, D)
+    out, heads = attend(q, k, v, positions)  # (B, H, T, D)
+    out, merged = linear(merge_heads(out), p.c_proj)  # (B, T, C)
+    return out, (x, heads, merged)
+
+
+def attention_backward(dout, cache, p, d, n_head):
+    """The steps of `attention` undone one by one."""
+    x, heads, merged = cache
+    dout = linear_backward(dout, merged, p.c_proj, d.c_proj)  # (B, T, C)
+    dq, dk, dv = attend_backward(split_heads(dout, n_head, 1)[0], heads)
+    dqkv = np.concatenate([merge_heads(dx) for dx in (dq, dk, dv)], axis=-1)  # (B, T, 3C)
+    return linear_backward(dqkv, x, p.c_attn, d.c_attn)
+
+
+def split_heads(x, n_head, n_parts=3):
+    """View (B, T, n_parts C) as n_parts arrays (B, H, T, D): the channels of a head are adjacent."""
+    B, T, width = x.shape
+    x = x.reshape(B, T, n_parts, n_head, width // n_parts // n_head)
+    return x.transpose(2, 0, 3, 1, 4)
+
+
+def merge_heads(x):
+    """(B, H, T, D) -> (B, T, C), the inverse of `split_heads`."""
+    B, H, T, D = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
+
+
+def mlp(x, p):
+    """Two linear layers with GELU between them, 4C wide inside: x (B, T, C) -> (B, T, C)."""
+    h, x = linear(x, p.c_fc)  # (B, T, 4C)
+    h, activation = gelu(h)
+    out, h = linear(h, p.c_proj)  # (B, T, C)
+    return out, (x, activation, h)
+
+
+def mlp_backward(dout, cache, p, d):
+    """The steps of `mlp` undone one by one."""
+    x, activation, h = cache
+    dh = linear_backward(dout, h, p.c_proj, d.c_proj)
+    dh = gelu_backward(dh, activation)
+    return linear_backward(dh, x, p.c_fc, d.c_fc)
+
+
+def block(x, p, n_head, positions, past=None):
+    """One transformer block: attention, then MLP, each added to the residual stream (B, T, C).
+
+    GPT-2 normalises the input of each branch, not its output (pre-norm; Radford et al. 2019, 2.3).
+    """
+    h, ln_1 = layer_norm(x, p.ln_1)
+    h, attn = attention(h, p.attn, n_head, positions, past)
+    x = x + h
+    h, ln_2 = layer_norm(x, p.ln_2)
+    h, mlp_ = mlp(h, p.mlp)
+    x = x + h
+    return x, (ln_1, attn, ln_2, mlp_)
+
+
+def block_backward(dx, cache, p, d, n_head):
+    """A sum passes its gradient on to both terms: each branch adds to what the stream carries."""
+    ln_1, attn, ln_2, mlp_ = cache
+    dh = mlp_backward(dx, mlp_, p.mlp, d.mlp)
+    dx = dx + layer_norm_backward(dh, ln_2, p.ln_2, d.ln_2)
+    dh = attention_backward(dx, attn, p.attn, d.attn, n_head)
+    dx = dx + layer_norm_backward(dh, ln_1, p.ln_1, d.ln_1)
+    return dx
+
+
+# ----------------------------------------------------------------------------------------------
+# The model
+
+
+def forward(params, tokens, kv=None):
+    """Return the logits of the next token after each token: (T,) -> (T, V), or (B, T) -> (B, T, V).
+
+    With kv, a KVCache of batch size B, `tokens` continue those of earlier calls and only they are
+    computed. Row t of the logits depends on tokens 0..t only. The dtype is that of the parameters.
+    Raises ValueError for an id outside the vocabulary or a position beyond n_ctx.
+    """
+    batch = check_tokens(params.config, tokens, kv)
+    x = transformer(params, batch, kv)
+    logits = x @ params.wte.T
+    return logits if np.ndim(tokens) == 2 else logits[0]
+
+
+def check_tokens(config, tokens, kv=None):
+    """Return tokens as an array (B, T); raise ValueError where they cannot be given to the model."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim not in (1, 2) or tokens.size == 0 or tokens.dtype.kind not in "iu":
+        found = f"shape {tokens.shape}, dtype {tokens.dtype}"
+        raise ValueError(f"tokens must be whole numbers of shape (T,) or (B, T), found {found}")
+    low, high = tokens.min(), tokens.max()
+    if low < 0 or high >= config.n_vocab:
+        bad = low if low < 0 else high
+        raise ValueError(f"token id {bad} is outside the vocabulary of {config.n_vocab}")
+    tokens = np.atleast_2d(tokens)
+    B, T = tokens.shape
+    if kv is not None and len(kv.length) != B:
+        raise ValueError(f"{B} rows of tokens, but the KV cache has {len(kv.length)}")
+    end = T if kv is None else T + kv.length.max()
+    if end > config.n_ctx:
+        raise ValueError(f"position {end} exceeds n_ctx = {config.n_ctx}")
+    return tokens
+
+
+def transformer(params, tokens, kv=None, caches=None):
+    """Run everything but the head: tokens (B, T) -> x (B, T, C), normalised by ln_f.
+
+    `caches`, a list, receives what `transformer_backward` needs; without it the cache of a layer
+    is dropped as soon as the layer is done.
+    """
+    keep = (lambda cache: None) if caches is None else caches.append
+    n_head = params.config.n_head
+    start = np.zeros(1, int) if kv is None else kv.length
+    positions = start[:, None] + np.arange(tokens.shape[1])  # (B or 1, T)
+    x, cache = embed(tokens, positions, params)
+    keep(cache)
+    for i, p in enumerate(params.h):
+        x, cache = block(x, p, n_head, positions, None if kv is None else kv.layers[i])
+        keep(cache)
+    x, cache = layer_norm(x, params.ln_f)
+    keep(cache)
+    if kv is not None:
+        kv.length += tokens.shape[1]
+    return x
+
+
+def transformer_backward(dx, caches, params, grads):
+    """Add to grads what dx (B, T, C), the gradient of the transformer's output, implies."""
+    dx = layer_norm_backward(dx, caches.pop(), params.ln_f, grads.ln_f)
+    for p, d in zip(reversed(params.h), reversed(grads.h), strict=True):
+        dx = block_backward(dx, caches.pop(), p, d, params.config.n_head)
+    embed_backward(dx, caches.pop(), grads)
+
+
+IGNORE = -1  # a target that takes no part in the loss
+
+
+def cross_entropy(logits, targets):
+    """-log softmax(logits)[target] of each row, 0 where the target is IGNORE.
+
+    logits (N, V), which is overwritten, targets (N,) -> losses (N,).
+    """
+    logits -= logits.max(-1, keepdims=True)
+    at_target = logits[np.arange(len(targets)), targets]
+    exp = np.exp(logits, out=logits)
+    total = exp.sum(-1)
+    losses = np.log(total) - at_target
+    losses[targets == IGNORE] = 0
+    return losses, (exp, total, targets)
+
+
+def cross_entropy_backward(dout, cache):
+    """dlogits = dout (softmax(logits) - onehot(target)), in the memory of the logits."""
+    exp, total, targets = cache
+    dout = np.where(targets == IGNORE, 0, dout)
+    dlogits = exp
+    dlogits *= (dout / total)[:, None]
+    dlogits[np.arange(len(targets)), targets] -= dout
+    return dlogits
+
+
+HEAD_ROWS = 256  # rows whose logits exist at one time: 50 MB of float32 for GPT-2's vocabulary
+
+
+def head(x, p, targets, d=None):
+    """The logits x wte^T and their cross-entropy: x (N, C), targets (N,) -> losses (N,), dx (N, C).
+
+    Forward and backward in one, over blocks of rows, since the logits (N, V) are the largest array
+    of training and need never exist whole. With d, the gradient of the mean loss over all targets
+    that count is added to d.wte and returned as dx; without d, dx is None.
+    """
+    counted = targets != IGNORE
+    dout = counted.astype(x.dtype) / max(int(counted.sum()), 1)
+    losses = np.empty(len(x), x.dtype)
+    dx = None if d is None else np.empty_like(x)
+    for start in range(0, len(x), HEAD_ROWS):
+        rows = slice(start, start + HEAD_ROWS)
+        logits = x[rows] @ p.wte.T  # (HEAD_ROWS, V)
+        losses[rows], cache = cross_entropy(logits, targets[rows])
+        if d is not None:
+            dlogits = cross_entropy_backward(dout[rows], cache)
+            d.wte += dlogits.T @ x[rows]
+            dx[rows] = dlogits @ p.wte
+    return losses, dx
+
+
+def token_losses(params, tokens, targets):
+    """Return -log P(target | tokens up to it), in nats: (T,) -> (T,), or (B, T) -> (B, T).
+
+    It is 0 where the target is -1. Raises ValueError for ids that the model cannot take.
+    """
+    tokens, flat_targets = check_targets(params.config, tokens, targets)
+    x = transformer(params, tokens)
+    losses, _ = head(as_rows(x), params, flat_targets)
+    return losses.reshape(np.shape(targets))
+
+
+def loss_and_grads(params, tokens, targets, grads=None):
+    """Return the mean cross-entropy in nats a token, and its gradient, a Params like `params`.
+
+    tokens and targets are (T,) or (B, T); a target of -1 takes no part. With `grads`, the gradient
+    is added to it, so that several batches accumulate. Raises ValueError as `forward` does, or for
+    targets of another shape, outside the vocabulary, or all -1.
+    """
+    tokens, targets = check_targets(params.config, tokens, targets)
+    if grads is None:
+        grads = utils.Params(params.config, np.zeros_like(params.flat))
+    caches = []
+    x = transformer(params, tokens, caches=caches)
+    losses, dx = head(as_rows(x), params, targets, grads)
+    transformer_backward(dx.reshape(x.shape), caches, params, grads)
+    return float(losses.sum(dtype=np.float64) / np.sum(targets != IGNORE)), grads
+
+
+def check_targets(config, tokens, targets):
+    """Return tokens (B, T) and targets (B * T,); raise ValueError where they do not fit."""
+    tokens, found = check_tokens(config, tokens), np.shape(tokens)
+    targets = np.asarray(targets)
+    if targets.shape != found or targets.dtype.kind not in "iu":
+        raise ValueError(f"targets of shape {targets.shape} for tokens of shape {found}")
+    if targets.min() < IGNORE or targets.max() >= config.n_vocab:
+        bad = targets.min() if targets.min() < IGNORE else targets.max()
+        raise ValueError(f"target {bad} is outside the vocabulary of {config.n_vocab}")
+    if (targets == IGNORE).all():
+        raise ValueError("every target is -1: there is no loss to take the mean of")
+    return tokens, targets.ravel()
+
+
+# ----------------------------------------------------------------------------------------------
+# The key/value cache
+
+
+class KVCache:
+    """The keys and values of the tokens read so far, so that each token is computed once.
+
+    `layers` (L, 2, B, H, n_ctx, D) is allocated at the start and filled from position 0 up;
+    `length` (B,) counts the tokens in each row, which need not be equal. It takes
+    8 B n_ctx n_layer n_embd bytes in float32: 75 MB a row for 124M, touched only as it fills.
+    """
+
+    def __init__(self, config, batch_size=1, dtype=np.float32):
+        c = config
+        shape = (c.n_layer, 2, batch_size, c.n_head, c.n_ctx, c.n_embd // c.n_head)
+        self.layers = np.zeros(shape, dtype)
+        self.length = np.zeros(batch_size, int)
+
+    def row(self, b):
+        """Return row b as a KVCache of batch size 1 that shares this one's memory."""
+        row = copy.copy(self)
+        row.layers = self.layers[:, :, b : b + 1]
+        row.length = self.length[b : b + 1]
+        return row
+
+    def copy_row(self, source, target):
+        """Make row `target` a copy of row `source`."""
+        n = self.length[target] = self.length[source]
+        self.layers[:, :, target, :, :n] = self.layers[:, :, source, :, :n]
+
+
+def remember(past, k, v, positions):
+    """Write k, v (B, H, T, D) into `past` (2, B, H, n_ctx, D); return all so far, (B, H, S, D).
+
+    S is the length of the longest row; what a shorter row has there is later than its queries, and
+    so hidden from them.
+    """
+    T, S = positions.shape[1], positions[:, -1].max() + 1
+    for b, start in enumerate(positions[:, 0]):
+        past[0, b, :, start : start + T] = k[b]
+        past[1, b, :, start : start + T] = v[b]
+    return past[0, :, :, :S], past[1, :, :, :S]
+
+
+# ----------------------------------------------------------------------------------------------
+# Sampling and generation
+
+
+def sample(logits, rng, temperature=0.0, top_k=None, top_p=None):
+    """Draw an id from softmax(logits / temperature): logits (V,) -> int. Temperature 0 is argmax.
+
+    top_k keeps only the k most probable ids, top_p the fewest that have a probability of p
+    together (Holtzman et al. 2019, arXiv:1904.09751); of equal logits the lower id counts as the
+    more probable, as in argmax. `rng` is a numpy.random.Generator.
+    """
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits.astype(np.float64)  # so that no small probability is rounded away
+    ids = np.arange(len(logits))
+    if top_k is not None or top_p is not None:
+        ids = np.argsort(-logits, kind="stable")[:top_k]
+    with np.errstate(over="ignore"):  # a tiny temperature: all but the best become -inf, exp to 0
+        probs = softmax((logits[ids] - logits.max()) / temperature)
+    cumulative = probs.cumsum()
+    if top_p is not None:
+        n_kept = np.searchsorted(cumulative, top_p * cumulative[-1]) + 1  # the one that crosses p
+        cumulative = cumulative[:n_kept]
+    # The first id whose cumulative probability exceeds a point below the total: never one of
+    # probability 0, since that adds nothing to the cumulative probability before it.
+    point = rng.random() * cumulative[-1]
+    last = np.searchsorted(cumulative, cumulative[-1])
+    return int(ids[min(np.searchsorted(cumulative, point, side="right"), last)])
+
+
+def penalise(logits, ids, penalty):
+    """Return logits (V,) with those of `ids` made less probable by `penalty` > 1.
+
+    Positive logits are divided by it and negative ones multiplied (Keskar et al. 2019,
+    arXiv:1909.05858, as widely implemented).
+    """
+    logits, old = logits.copy(), logits[ids]
+    logits[ids] = np.where(old > 0, old / penalty, old * penalty)
+    return logits
+
+
+def generate(
+    params,
+    tokens,
+    n_tokens,
+    temperature=0.0,
+    top_k=None,
+    top_p=None,
+    seed=None,
+    repetition_penalty=1.0,
+    eot=None,
+):
+    """Return an iterator over the ids that follow `tokens`, n_tokens at most.
+
+    `tokens` is one prompt, ids (T,), and each item an int; it ends before the end-of-text id. Or
+    it is a list of prompts, of any lengths, and each item a list of one id for each; a prompt that
+    has reached end-of-text goes on giving that id until all have. Each prompt gives what it gives
+    alone: prompt number b draws its samples from numpy's default_rng(seed + b). An empty prompt
+    starts from end-of-text. Past n_ctx the model re-reads the last half of the window and goes on.
+
+    `eot` is the end-of-text id, by default the last of the vocabulary, as in GPT-2; -1 means none.
+    See `sample` and `penalise` for the rest. Raises ValueError for a prompt longer than n_ctx, ids
+    outside the vocabulary, or a sampling parameter out of range.
+    """
+    check_sampling(temperature, top_k, top_p, repetition_penalty)
+    config = params.config
+    eot = config.n_vocab - 1 if eot is None else eot
+    single = all(np.ndim(token) == 0 for token in tokens)
+    prompts = [list(prompt) or [eot] for prompt in ([tokens] if single else tokens)]
+    for prompt in prompts:
+        if len(prompt) > config.n_ctx:
+            raise ValueError(f"prompt of {len(prompt)} tokens exceeds n_ctx = {config.n_ctx}")
+        check_tokens(config, prompt)
+
+    def choose(logits, history, rng):
+        if repetition_penalty != 1:
+            logits = penalise(logits, history, repetition_penalty)
+        return sample(logits, rng, temperature, top_k, top_p)
+
+    seeds = [None if seed is None else seed + b for b in range(len(prompts))]
+    rngs = [np.random.default_rng(seed) for seed in seeds]
+    steps = generate_batch(params, prompts, n_tokens, choose, rngs, eot)
+    return (ids[0] for ids in steps) if single else steps
+
+
+def check_sampling(temperature, top_k, top_p, repetition_penalty):
+    """Raise ValueError, with value and limit, for a sampling parameter out of its range."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature = {temperature} is not a finite number of 0 or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k = {top_k} is not 1 or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p} is not over 0 and at most 1")
+    if not 0 < repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty = {repetition_penalty} is not a finite number over 0")
+
+
+def generate_batch(params, prompts, n_tokens, choose, rngs, eot):
+    """Yield lists of one id for each prompt, chosen by `choose(logits, history, rng)`."""
+    kv = KVCache(params.config, len(prompts), params.flat.dtype)
+    histories = prompts
+    logits = prefill(params, prompts, kv)  # (B, V)
+    for n in range(n_tokens):
+        for row, history, rng in zip(logits, histories, rngs, strict=True):
+            ended = n > 0 and history[-1] == eot
+            history.append(eot if ended else choose(row, history, rng))
+        if all(history[-1] == eot for history in histories):
+            return
+        yield [history[-1] for history in histories]
+        if n + 1 < n_tokens:
+            logits = step(params, histories, kv)
+
+
+def prefill(params, prompts, kv):
+    """Read each prompt into its row of the cache; return the logits (B, V) after its last token.
+
+    A prompt that occurs again is read once.
+    """
+    logits, first = [], {}
+    for b, prompt in enumerate(prompts):
+        a = first.setdefault(tuple(prompt), b)
+        if a == b:
+            logits.append(last_logits(params, np.array([prompt]), kv.row(b))[0])
+        else:
+            kv.copy_row(a, b)
+            logits.append(logits[a])
+    return np.stack(logits)
+
+
+def step(params, histories, kv):
+    """Read the newest token of each row; return the logits (B, V) after it.
+
+    A full row is first read anew from the last n_ctx / 2 of its tokens.
+    """
+    for b in np.flatnonzero(kv.length == params.config.n_ctx):
+        kv.length[b] = 0
+        recent = histories[b][-(params.config.n_ctx // 2) : -1]
+        if recent:
+            transformer(params, np.array([recent]), kv.row(b))
+    return last_logits(params, np.array([history[-1:] for history in histories]), kv)
+
+
+def last_logits(params, tokens, kv):
+    """Logits after the last of tokens (B, T) only -> (B, V): a prompt's others are not needed."""
+    return transformer(params, tokens, kv)[:, -1] @ params.wte.T
+
+
+# ----------------------------------------------------------------------------------------------
+# The command line
+
+
+def load(name="124M", models_dir=utils.MODELS_DIR):
+    """Return the Params, memory-mapped and read-only, of a model's name, folder or model.bin.
+
+    One of OpenAI's models (124M, 355M, 774M, 1558M) that is not in models_dir yet is downloaded.
+    Raises FileNotFoundError for an unknown name, ValueError for a damaged file.
+    """
+    return utils.load_params(utils.find_model(name, models_dir))
+
+
+class TextStream:
+    """Turns ids into text that can be shown at once, until end-of-text or a stop string.
+
+    It holds back bytes that are not yet a whole character, and text that the ids to come may make
+    into one of `stops`. `feed(id)` and `flush()` return what is ready; `done` is True at the end.
+    """
+
+    def __init__(self, enc, stops=()):
+        self.enc, self.stops, self.done = enc, stops, False
+        self.decoder, self.held = enc.stream(), ""
+
+    def feed(self, id):
+        if id == self.enc.eot:
+            return self.flush()
+        return self._release(self.decoder.feed(id))
+
+    def flush(self):
+        text = self._release(self.decoder.flush()) + self.held
+        self.held, self.done = "", True
+        return text
+
+    def _release(self, text):
+        self.held += text
+        found = [at for at in map(self.held.find, self.stops) if at >= 0]
+        if found:
+            text, self.held, self.done = self.held[: min(found)], "", True
+            return text
+        begun = max((overlap(self.held, stop) for stop in self.stops), default=0)
+        ready = len(self.held) - begun
+        text, self.held = self.held[:ready], self.held[ready:]
+        return text
+
+
+def overlap(text, stop):
+    """Return the length of the longest end of `text` that `stop` begins with."""
+    lengths = range(min(len(text), len(stop)), 0, -1)
+    return next((n for n in lengths if text.endswith(stop[:n])), 0)
+
+
+def write_samples(params, enc, prompt, args):
+    """Generate from a prompt and write the text to standard output: one sample as it is made."""
+    ids = [enc.encode(prompt)] * args.n_samples
+    sampling = {name: getattr(args, name) for name in SAMPLING}
+    start = time.perf_counter()
+    steps = generate(params, ids, args.n_tokens, seed=args.seed, eot=enc.eot, **sampling)
+    streams = [TextStream(enc, args.stop) for _ in ids]
+    samples = ["" for _ in ids]
+    times = []
+
+    def add(b, text):
+        samples[b] += text
+        if len(ids) == 1:
+            print(text, end="", flush=True)
+
+    for step_ids in steps:
+        times.append(time.perf_counter())
+        for b, stream in enumerate(streams):
+            if not stream.done:
+                add(b, stream.feed(step_ids[b]))
+        if all(stream.done for stream in streams):
+            break
+    for b, stream in enumerate(streams):
+        if not stream.done:
+            add(b, stream.flush())
+    if len(ids) == 1:
+        print()
+    else:
+        for b, text in enumerate(samples):
+            print(f"--- sample {b + 1} of {len(ids)} ---", file=sys.stderr, flush=True)
+            print(text, flush=True)
+    if args.stats and times:
+        print_stats(len(ids[0]) or 1, len(ids), start, times)
+
+
+def print_stats(n_prompt, n_samples, start, times):
+    """Report the speed of reading the prompt and of generating, to standard error."""
+    prefill, decode, n = times[0] - start, times[-1] - times[0], (len(times) - 1) * n_samples
+    text = f"prefill: {n_prompt} tokens in {prefill:.3f} s, {n_prompt / prefill:.1f} tokens/s"
+    if n:
+        text += f"; decode: {n} tokens in {decode:.3f} s, {n / decode:.1f} tokens/s"
+    print(text, file=sys.stderr)
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def parse_args(argv=None):
+    """Parse the command line; exit with status 2 and one line for a bad argument."""
+    parser = utils.ArgumentParser(
+        prog="gpt2.py",
+        description="Continue a text with GPT-2. Only the generated text goes to standard output.",
+        epilog='example: python gpt2.py "The meaning of life is" --n_tokens 60 --temperature 0.8 '
+        "--top_p 0.95 --seed 1",
+    )
+    positive = utils.positive_int
+    parser.add_argument(
+        "prompt", nargs="?", default="", help="text to continue; - reads it from standard input"
+    )
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="124M", help="124M, 355M, 774M, 1558M, or the path of a model folder")
+    add("--models_dir", default=utils.MODELS_DIR, help="folder of the models")
+    add = parser.add_argument_group("text").add_argument
+    add("--n_tokens", type=positive, default=40, help="tokens to generate at most")
+    add("--stop", action="append", default=[], help="end before this text; may be repeated")
+    add("--n_samples", type=positive, default=1, help="continuations to write")
+    add("--interactive", action="store_true", help="read a prompt a line until end of input")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temperature", type=float, default=0.0, help="0 takes the most probable token each time")
+    add("--top_k", type=int, help="sample from the k most probable tokens")
+    add("--top_p", type=float, help="sample from the fewest tokens of this total probability")
+    add("--repetition_penalty", type=float, default=1.0, help="over 1 discourages tokens seen")
+    add("--seed", type=int, help="makes samples repeatable; sample i draws from seed + i")
+    parser.add_argument("--stats", action="store_true", help="report the speed to standard error")
+    args = parser.parse_args(argv)
+    try:
+        check_sampling(*(getattr(args, name) for name in SAMPLING))
+    except ValueError as error:
+        parser.error(f"argument --{error}")
+    if args.seed is not None and args.seed < 0:
+        parser.error(f"argument --seed: {args.seed} is negative")
+    if "" in args.stop:
+        parser.error("argument --stop: the empty text would stop at once")
+    return args, parser
+
+
+def read_prompts(args):
+    """Yield the prompts: the argument, or standard input, whole or (--interactive) line by line."""
+    if args.prompt == "-":
+        yield sys.stdin.read()
+    elif args.prompt or not args.interactive:
+        yield args.prompt
+    while args.interactive:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.rstrip("\r\n")
+
+
+def main(argv=None):
+    args, parser = parse_args(argv)
+    path = utils.find_model(args.model, args.models_dir)
+    params = utils.load_params(path)
+    enc = encoder.load(path if path.is_dir() else path.parent)
+    if enc.n_vocab > params.config.n_vocab:
+        found = f"{enc.n_vocab} tokens, the model only {params.config.n_vocab}"
+        raise ValueError(f"{path}: the tokenizer has {found}: they do not belong together")
+    for prompt in read_prompts(args):
+        n_ctx, n_prompt = params.config.n_ctx, len(enc.encode(prompt))
+        if n_prompt > n_ctx:
+            parser.error(f"prompt of {n_prompt} tokens exceeds n_ctx = {n_ctx}")
+        write_samples(params, enc, prompt, args)
+
+
+if __name__ == "__main__":
+    utils.run(main)
