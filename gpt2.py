@@ -193,7 +193,7 @@ def attention_backward(dout, cache, p, d, n_head):
 
 
 def split_heads(x, n_head, n_parts=3):
-    """View (B, T, n_parts C) as n_parts arrays (B, H, T, D): the channels of a head are adjacent."""
+    """View (B, T, n_parts C) as n_parts arrays (B, H, T, D); a head's channels are adjacent."""
     B, T, width = x.shape
     x = x.reshape(B, T, n_parts, n_head, width // n_parts // n_head)
     return x.transpose(2, 0, 3, 1, 4)
@@ -263,7 +263,7 @@ def forward(params, tokens, kv=None):
 
 
 def check_tokens(config, tokens, kv=None):
-    """Return tokens as an array (B, T); raise ValueError where they cannot be given to the model."""
+    """Return tokens as an array (B, T); raise ValueError if the model cannot take them."""
     tokens = np.asarray(tokens)
     if tokens.ndim not in (1, 2) or tokens.size == 0 or tokens.dtype.kind not in "iu":
         found = f"shape {tokens.shape}, dtype {tokens.dtype}"

@@ -1315,6 +1315,23 @@ def download(name, models_dir=MODELS_DIR, base_url=None, keep=False, pause=time.
     return folder
 
 
+def find_model(name, models_dir=MODELS_DIR):
+    """Return the path of a model: `name` itself if it is one, or that model of `models_dir`.
+
+    One of OpenAI's models that is not there yet is downloaded. Raises FileNotFoundError for any
+    other name.
+    """
+    for path in (Path(name), Path(models_dir) / MODEL_ALIASES.get(str(name), name)):
+        if path.is_file() or (path / "model.bin").is_file():
+            return path
+    if name in MODEL_NAMES or name in MODEL_ALIASES:
+        return download(name, models_dir)
+    raise FileNotFoundError(
+        f"no model {name}: there is no such file, no model.bin in such a folder nor in "
+        f"{Path(models_dir) / name}, and it is not one of {', '.join(MODEL_NAMES)} to download"
+    )
+
+
 def find_problem(folder):
     """Return None if a folder's model and tokenizer load, else the error that says why not."""
     try:
@@ -1587,6 +1604,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def positive_int(text):
+    """Return the whole number of 1 or more that a flag was given, for argparse's `type=`."""
+    with contextlib.suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
 
 
 def run(main):
