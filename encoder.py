@@ -1,11 +1,26 @@
-"""Text into token ids and back: byte-level byte-pair encoding (BPE), as in GPT-2.
+"""Text into token ids and back: byte-level byte-pair encoding (BPE), as GPT-2 does it.
 
 Reading order: the text is split into pieces (`PIECES`), the bytes of a piece are merged to tokens
-(`merge`), and the `Encoder` does this for a token table.
+(`merge`), the `Encoder` does both for a token table, `StreamDecoder` goes back one id at a time,
+`train` learns a token table from text, and `encode_files` turns text files into training data.
+
+    >>> enc = load("124M")
+    >>> enc.encode("Hello, world!")
+    [15496, 11, 995, 0]
+    >>> enc.decode([15496, 11, 995, 0])
+    'Hello, world!'
+
+Sources: Sennrich et al. 2016, arXiv:1508.07909 (BPE); Radford et al. 2019, section 2.2 (on bytes).
 """
 
+import argparse
 import codecs
 import heapq
+import os
+import re
+import signal
+import sys
+from collections import Counter, defaultdict, deque
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -14,110 +29,490 @@ import regex
 
 import utils
 
-# GPT-2's split. Nothing is ever merged across two pieces.
-PIECES = regex.compile(r" ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+| ?\p{N}+|\s+(?!\S)|\s+")
+# ----------------------------------------------------------------------------------------------
+# Splitting: text into words, words into pieces. Nothing is ever merged across two pieces.
+
+# GPT-2's pieces: letters, punctuation or digits, each with the one space before it, contractions,
+# and whitespace, whose last character is left to the next piece. Most frequent first, for speed;
+# "'" starts no letters and no digits, so that only the order of 's and punctuation matters.
+PIECES = regex.compile(
+    r" ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+| ?\p{N}+|\s+(?!\S)|\s+",
+)
+
+# No piece goes on from non-space to space, and none looks back: where a space follows a non-space,
+# the text can be cut, and its parts be split alone. So text can be read in parts, and most words,
+# met before, are looked up whole. (`re`, twice as fast here, takes \x1c to \x1f for spaces.)
+WORDS = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|\s+")
+
+
+# ----------------------------------------------------------------------------------------------
+# Merging: the bytes of a piece into tokens
 
 
 def merge(piece, ids):
-    """Return the ids of the tokens that the bytes of a piece merge to.
+    """Return the ids of the tokens that the bytes of a piece merge to; `ids` is {token: id}.
 
-    While two neighbours join to a token, the pair with the lowest id is merged, the leftmost first.
+    While two neighbours join to a token, the pair whose token has the lowest id is merged, of equal
+    pairs the leftmost: the order in which the tokens were learned. With he 256, th 257, the 258:
+
+        t  h  e  m  e      the pairs th 257 and he 256 could be merged: he is lowest
+        t  he    m  e      t + he is the 258
+        the      m  e      neither the + m nor m + e is a token: 258, 76, 68
+
+    A part is known by its first byte. A queue holds all pairs, also outdated ones, so that n bytes
+    take O(n log n) steps.
     """
-    parts = [piece[i : i + 1] for i in range(len(piece))]
-    before, after = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
-    queue = []  # (id, i): parts[i] and the one after it join to token `id`
-    for i, (left, right) in enumerate(pairwise(parts)):
-        if left + right in ids:
-            queue.append((ids[left + right], i))
+    n = len(piece)
+    start, end = list(range(-1, n)), list(range(1, n + 2))  # of the part before, of the part at i
+    pair = [ids.get(piece[i : i + 2]) for i in range(n - 1)]  # the id that part i makes with next
+    pair.append(None)
+    queue = [(id, i) for i, id in enumerate(pair) if id is not None]
     heapq.heapify(queue)
     while queue:
         id, i = heapq.heappop(queue)
-        j = after[i]
-        if j == len(parts) or ids.get(parts[i] + parts[j]) != id or not parts[i]:
-            continue  # one of the two has been merged with another since
-        parts[i], parts[j], after[i] = parts[i] + parts[j], b"", after[j]
-        if after[i] < len(parts):
-            before[after[i]] = i
-        for k in (before[i], i):
-            if k >= 0 and after[k] < len(parts) and parts[k] + parts[after[k]] in ids:
-                heapq.heappush(queue, (ids[parts[k] + parts[after[k]]], k))
-    return [ids[part] for part in parts if part]
+        if pair[i] != id:
+            continue  # outdated: one of the two parts has been merged since
+        middle = end[i]
+        end[i] = stop = end[middle]
+        start[stop], pair[middle], pair[i] = i, None, None
+        if stop < n:
+            pair[i] = id = ids.get(piece[i : end[stop]])
+            if id is not None:
+                heapq.heappush(queue, (id, i))
+        if i > 0:
+            left = start[i]
+            pair[left] = id = ids.get(piece[left:stop])
+            if id is not None:
+                heapq.heappush(queue, (id, left))
+    tokens, i = [], 0
+    while i < n:
+        tokens.append(ids[piece[i : end[i]]])
+        i = end[i]
+    return tokens
 
 
 class Cache(dict):
-    """Piece to ids, worked out when first asked for."""
+    """The results of a function of str, kept in bounded memory; `cache[text]` computes a new one.
 
-    def __init__(self, ids):
-        self.ids = ids
+    Texts over 64 characters are not kept, and after 65,536 entries it starts again from none.
+    """
 
-    def __missing__(self, piece):
-        data = piece.encode()
-        found = (self.ids[data],) if data in self.ids else tuple(merge(data, self.ids))
-        if len(piece) <= 64:
-            if len(self) >= 1 << 16:
+    def __init__(self, function):
+        self.function = function
+
+    def __missing__(self, text):
+        result = self.function(text)
+        if len(text) <= 64:
+            if len(self) >= 65536:
                 self.clear()
-            self[piece] = found
-        return found
+            self[text] = result
+        return result
 
 
 class Encoder:
-    """Turns text into token ids and back, by a token table (a list of bytes indexed by id)."""
+    """Turns text into token ids and back, given a token table as `utils.load_tokenizer` reads it.
+
+    `tokens` is a list of bytes indexed by id, `eot` the id of the end-of-text token or None.
+    """
 
     def __init__(self, tokens, eot=None):
-        self.tokens, self.eot, self.n_vocab = tokens, eot, len(tokens)
-        ids = {token: id for id, token in enumerate(tokens) if id != eot or len(token) == 1}
-        self._cache = Cache(ids)
+        self.tokens, self.eot, self.n_vocab = list(tokens), eot, len(tokens)
+        self._ids = {token: id for id, token in enumerate(tokens) if id != eot or len(token) == 1}
+        self._words, self._pieces = Cache(self._encode_word), Cache(self._encode_piece)
+
+    def _encode_piece(self, piece):
+        data = piece.encode()
+        return (self._ids[data],) if data in self._ids else tuple(merge(data, self._ids))
+
+    def _encode_word(self, word):
+        return tuple(chain.from_iterable(map(self._pieces.__getitem__, PIECES.findall(word))))
 
     def encode(self, text, allow_special=False):
-        """Return the ids of a text."""
+        """Return the ids (a list) of a text.
+
+        `<|endoftext|>` in the text is ordinary text, unless `allow_special`: then it is the id
+        `eot`. A lone surrogate, which no UTF-8 can hold, counts as U+FFFD.
+        """
         try:
             text.encode()
-        except UnicodeEncodeError:  # lone surrogates
+        except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if allow_special and self.eot is not None:
-            parts = [self.encode(part) for part in text.split(self.tokens[self.eot].decode())]
-            return list(chain(*([*part, self.eot] for part in parts)))[:-1]
-        return list(chain.from_iterable(map(self._cache.__getitem__, PIECES.findall(text))))
+        if not allow_special or self.eot is None:
+            return list(chain.from_iterable(map(self._words.__getitem__, WORDS.findall(text))))
+        documents = text.split(self.tokens[self.eot].decode("utf-8", "surrogateescape"))
+        ids = chain.from_iterable([self.eot, *self.encode(document)] for document in documents)
+        return list(ids)[1:]
 
     def decode_bytes(self, ids):
-        """Return the bytes of ids."""
-        ids = np.atleast_1d(ids).tolist()
-        for id in ids:
+        """Return the bytes of ids: an int, a list, or an array (N,); ValueError if one is unknown.
+
+        They need not be whole characters: a token can end inside one.
+        """
+        ids = np.atleast_1d(ids)
+        if ids.size and (ids.ndim > 1 or ids.dtype.kind not in "iu"):
+            raise ValueError(f"ids of type {ids.dtype} and shape {ids.shape} are not a list of ids")
+        for id in ids.tolist():
             if not 0 <= id < self.n_vocab:
-                raise ValueError(f"token id {id} is outside the vocabulary of {self.n_vocab}")
-        return b"".join([self.tokens[id] for id in ids])
+                raise ValueError(f"token id {id} is not in the vocabulary of {self.n_vocab} tokens")
+        return b"".join([self.tokens[id] for id in ids.tolist()])
 
     def decode(self, ids):
-        """Return the text of ids; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of ids, as `decode_bytes`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def stream(self):
-        """Return a StreamDecoder."""
+        """Return a StreamDecoder, which decodes ids one at a time."""
         return StreamDecoder(self)
 
     def save(self, path):
-        """Write the token table as a tokenizer.bin."""
+        """Write the token table as llm.c's `tokenizer.bin`."""
         utils.save_tokenizer(path, self.tokens, self.eot)
 
 
 class StreamDecoder:
-    """Decodes ids one at a time, and holds back a character until all its bytes have come."""
+    """Decodes ids as they come: `feed` each id, then `flush`; the texts join to `decode(ids)`.
+
+    Bytes of an incomplete character are held back until the ids that complete it.
+    """
 
     def __init__(self, encoder):
         self._encoder = encoder
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, id):
-        """Return the text that one more id completes, possibly none."""
+        """Return the text, possibly none, that one more id completes."""
         return self._decoder.decode(self._encoder.decode_bytes(id))
 
     def flush(self):
-        """Return what is left at the end: U+FFFD for an incomplete character, or nothing."""
-        return self._decoder.decode(b"", final=True)
+        """Return what is left at the end: U+FFFD for an incomplete character, otherwise nothing."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
 
 
 def load(name, models_dir=utils.MODELS_DIR):
-    """Return the Encoder of a model's name, or of a path to a folder or token table."""
+    """Return the Encoder of a model in `models_dir`, such as "124M", or of a path.
+
+    The path is a folder or a token table in any format that `utils.load_tokenizer` reads. Raises
+    FileNotFoundError, or ValueError if the table is damaged.
+    """
     path = Path(name)
-    path = path if path.exists() else Path(models_dir) / name
+    if not path.exists():
+        path = Path(models_dir) / utils.MODEL_ALIASES.get(str(name), name)
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: no such file or folder, nor a model in {models_dir}")
     return Encoder(*utils.load_tokenizer(path))
+
+
+# ----------------------------------------------------------------------------------------------
+# Learning a token table
+
+
+def train(texts, n_vocab):
+    """Return an Encoder of `n_vocab` tokens, learned from a text or an iterable of texts.
+
+    The table is 256 bytes, in GPT-2's order, then the merges, most frequent first, then
+    <|endoftext|>, which in the texts separates documents. The texts decide the table, their order
+    does not. Raises ValueError if n_vocab < 257, or if the texts have too few pairs to merge.
+
+        >>> train("banana bandana", 260).tokens[256:]
+        [b'an', b'ban', b'ana', b'<|endoftext|>']
+
+    because a + n is there four times; then b + an and an + a twice, and b has the lower id.
+    """
+    if n_vocab < 257:
+        raise ValueError(f"n_vocab = {n_vocab}: 256 bytes and {utils.EOT_TEXT} are 257 tokens")
+    pieces = count_pieces([texts] if isinstance(texts, str) else texts)
+    tokens = [bytes([byte]) for byte in utils.bytes_to_unicode()]
+    learn_merges(pieces, tokens, n_vocab - 1)
+    return Encoder([*tokens, utils.EOT_TEXT.encode()], eot=n_vocab - 1)
+
+
+def count_pieces(texts):
+    """Return how often each piece occurs in the texts, a Counter {piece: count}."""
+    pieces = Counter()
+    for text in texts:
+        for document in text.split(utils.EOT_TEXT):
+            for word, count in Counter(WORDS.findall(document)).items():
+                for piece in PIECES.findall(word):
+                    pieces[piece] += count
+    return pieces
+
+
+def learn_merges(pieces, tokens, n_tokens):
+    """Append to `tokens` the merges of the most frequent pairs, until there are `n_tokens`.
+
+    Of equally frequent pairs the one with the lowest ids is first. Tokens of over 255 bytes, which
+    a tokenizer.bin cannot hold, are not made. No token is made twice: bytes that no token crosses
+    into merge alike wherever they stand, so that at any time only one pair joins to the same bytes.
+    """
+    from tqdm import tqdm
+
+    ids = {token: id for id, token in enumerate(tokens)}
+    words = [[ids[bytes([byte])] for byte in piece.encode()] for piece in pieces]
+    weights = list(pieces.values())
+    counts, where = Counter(), defaultdict(set)  # {pair: frequency}, {pair: indices into words}
+    for i in range(len(words)):
+        count_pairs(words[i], weights[i], i, counts, where)
+    queue = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(queue)
+    for new in tqdm(range(len(tokens), n_tokens), "merges", unit=""):
+        pair = pop_most_frequent(queue, counts)
+        if pair is None:
+            raise ValueError(
+                f"nothing is left to merge after {new} tokens: give more text, "
+                f"or n_vocab = {new + 1} at most"
+            )
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        affected = where.pop(pair)
+        for i in affected:
+            count_pairs(words[i], -weights[i], i, counts, where)
+            words[i] = replace_pair(words[i], pair, new)
+            count_pairs(words[i], weights[i], i, counts, where)
+        for other in {pair for i in affected for pair in pairwise(words[i]) if new in pair}:
+            if len(tokens[other[0]] + tokens[other[1]]) < 256:
+                heapq.heappush(queue, (-counts[other], other))
+
+
+def count_pairs(word, weight, i, counts, where):
+    """Add `weight` to the counts of all pairs of neighbours in word number `i`, a list of ids."""
+    for pair in pairwise(word):
+        counts[pair] += weight
+        where[pair].add(i)
+
+
+def pop_most_frequent(queue, counts):
+    """Return the most frequent pair of a queue of (-count, pair), or None if there is none.
+
+    Counts in the queue may have fallen since; they never rise, as only pairs with a new id do.
+    """
+    while queue:
+        count, pair = heapq.heappop(queue)
+        if -count == counts[pair]:
+            return pair
+        if counts[pair] > 0:
+            heapq.heappush(queue, (-counts[pair], pair))
+    return None
+
+
+def replace_pair(word, pair, new):
+    """Return a list of ids with `pair`, wherever it stands, from the left, replaced by `new`."""
+    merged = []
+    for id in word:
+        if merged and (merged[-1], id) == pair:
+            merged[-1] = new
+        else:
+            merged.append(id)
+    return merged
+
+
+# ----------------------------------------------------------------------------------------------
+# Text files of any size
+
+
+CHUNK = 1 << 20  # characters read at a time
+
+# The last place at which a text can be cut before more of it is known: see WORDS. Not after
+# <|endoftext|>, of which only what follows tells whether it is a line of its own.
+LAST_CUT = regex.compile(r"(?r)(?<=\S)(?<!<\|endoftext\|>)\s")
+
+# What stands between two documents.
+SEPARATORS = {
+    "file": re.compile(r"(?!)"),  # nothing within a file
+    "lines": re.compile(r"\r?\n"),
+    "eot": re.compile(r"^<\|endoftext\|>\r?(?:\n|\Z)", re.MULTILINE),
+}
+
+
+def read_chunks(path, chunk_size=CHUNK, report=lambda n_bytes: None):
+    """Yield the text of a file in parts that split into words as the whole would.
+
+    Invalid UTF-8 becomes U+FFFD, line ends stay as they are. `report` is told of the bytes read.
+    Memory is that of `chunk_size` characters, or of the longest stretch without a space.
+    """
+    text, n_bytes = "", 0
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        while new := file.read(max(chunk_size, len(text))):
+            searched, text = len(text), text + new
+            if cut := LAST_CUT.search(text, searched):
+                yield text[: cut.start()]
+                text = text[cut.start() :]
+            report(file.buffer.tell() - n_bytes)
+            n_bytes = file.buffer.tell()
+    yield text
+
+
+def read_documents(paths, docs, chunk_size=CHUNK, report=lambda n_bytes: None):
+    """Yield lists of texts in which None, for <|endoftext|>, stands before each document.
+
+    `docs` tells how files hold documents: each "file" is one; each of its "lines", without the line
+    end; or "eot" lines of only <|endoftext|> are between them. Empty documents are left out. A long
+    document goes on in the next list.
+    """
+    for path in paths:
+        started = False
+        for chunk in read_chunks(path, chunk_size, report):
+            items = []
+            for i, text in enumerate(SEPARATORS[docs].split(chunk)):
+                started = started and i == 0
+                if text and not started:
+                    items.append(None)
+                    started = True
+                if text:
+                    items.append(text)
+            yield items
+
+
+def encode_items(enc, items):
+    """Return the ids of a list from `read_documents`, a uint16 array."""
+    ids = chain.from_iterable([enc.eot] if text is None else enc.encode(text) for text in items)
+    return np.fromiter(ids, np.uint16)
+
+
+def start_worker(tokens, eot):
+    """Prepare a process to run `encode_in_worker`; its parent alone answers Ctrl-C."""
+    global worker_encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    worker_encoder = Encoder(tokens, eot)
+
+
+def encode_in_worker(items):
+    """Return `encode_items` in a process that `start_worker` prepared."""
+    return encode_items(worker_encoder, items)
+
+
+def encode_all(enc, lists, n_procs):
+    """Yield `encode_items` of every list, in order, computed in `n_procs` processes."""
+    if n_procs == 1:
+        yield from (encode_items(enc, items) for items in lists)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    start = {"initializer": start_worker, "initargs": (enc.tokens, enc.eot)}
+    with ProcessPoolExecutor(n_procs, mp_context=get_context("spawn"), **start) as pool:
+        ahead = deque()  # so many lists, and no more, are in memory
+        for items in lists:
+            ahead.append(pool.submit(encode_in_worker, items))
+            if len(ahead) > 2 * n_procs:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def encode_files(enc, paths, out, docs="eot", n_procs=1, chunk_size=CHUNK):
+    """Encode text files to a tokens .bin file; return the numbers of tokens, documents and bytes.
+
+    The id of <|endoftext|> stands before each document, as in llm.c's data; `docs` is as in
+    `read_documents`. Up to `n_procs` processes share files of many chunks. Raises ValueError if
+    the table has no end-of-text token, the ids do not fit the file or there is no text, OSError if
+    a file cannot be read.
+    """
+    from tqdm import tqdm
+
+    if enc.eot is None:
+        raise ValueError("this tokenizer has no end-of-text token, to put before each document")
+    n_bytes, n_docs = sum(os.path.getsize(path) for path in paths), 0
+
+    def counted(lists):
+        nonlocal n_docs
+        for items in lists:
+            n_docs += items.count(None)
+            yield items
+        if n_docs == 0:
+            raise ValueError(f"no text in {', '.join(map(str, paths))}: nothing to encode")
+
+    with tqdm(total=n_bytes, desc="encode", unit="B", unit_scale=True) as bar:
+        lists = counted(read_documents(paths, docs, chunk_size, bar.update))
+        arrays = encode_all(enc, lists, min(n_procs, 1 + n_bytes // (8 * chunk_size)))
+        n_tokens = utils.save_tokens(out, arrays, enc.n_vocab)
+    return n_tokens, n_docs, n_bytes
+
+
+def train_files(paths, n_vocab):
+    """Return the Encoder that `train` learns from text files."""
+    from tqdm import tqdm
+
+    n_bytes = sum(os.path.getsize(path) for path in paths)
+    with tqdm(total=n_bytes, desc="read", unit="B", unit_scale=True) as bar:
+        chunks = chain.from_iterable(read_chunks(path, CHUNK, bar.update) for path in paths)
+        return train(chunks, n_vocab)
+
+
+# ----------------------------------------------------------------------------------------------
+# The commands `train` and `encode`
+
+
+def vocabulary_size(text):
+    """Return the n_vocab that a flag was given, for argparse's `type=`."""
+    n_vocab = utils.positive_int(text)
+    if n_vocab < 257:
+        raise argparse.ArgumentTypeError(f"{n_vocab} is below 257, all bytes and {utils.EOT_TEXT}")
+    return n_vocab
+
+
+def parse_args():
+    """Return the arguments of `python encoder.py`."""
+    parser = utils.ArgumentParser(
+        description="Learn a tokenizer from text, and encode text to token ids for training.",
+        epilog="example: python encoder.py encode stories.txt --tokenizer 124M --out stories.bin",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    sub = commands.add_parser(
+        "train",
+        help="learn a tokenizer from text",
+        description="Learn a byte-level BPE tokenizer, with GPT-2's way of splitting text. Its "
+        "tokens are the 256 bytes, the most frequent merges, and <|endoftext|>, which in the text "
+        "separates documents. All the text's different words are held in memory.",
+        epilog="example: python encoder.py train stories.txt --n_vocab 1024 --out tokenizer.bin",
+    )
+    sub.add_argument("texts", metavar="TEXT", nargs="+", type=Path, help="a text file (UTF-8)")
+    sub.add_argument("--n_vocab", type=vocabulary_size, default=1024, help="how many tokens")
+    sub.add_argument("--out", type=Path, default="tokenizer.bin", help="the file to write")
+    sub = commands.add_parser(
+        "encode",
+        help="encode text to token ids",
+        description="Encode text files, of any size, to one file of token ids, each document after "
+        "the id of <|endoftext|>. It is llm.c's format, which train.py reads.",
+        epilog="example: python encoder.py encode names.txt --tokenizer tokenizer.bin "
+        "--out names.bin --docs lines",
+    )
+    sub.add_argument("texts", metavar="TEXT", nargs="+", type=Path, help="a text file (UTF-8)")
+    sub.add_argument(
+        "--tokenizer",
+        default="124M",
+        help="a tokenizer.bin, tokenizer.json or encoder.json, a folder with one, or the name of "
+        "a model in models/",
+    )
+    sub.add_argument("--out", type=Path, required=True, help="the file to write")
+    sub.add_argument(
+        "--docs",
+        choices=SEPARATORS,
+        default="eot",
+        help="what a document is: a whole file, a line (without its line end), or what lies "
+        "between lines of only <|endoftext|>",
+    )
+    sub.add_argument(
+        "--n_procs", type=utils.positive_int, default=os.cpu_count(), help="processes to use"
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    n_bytes = sum(os.path.getsize(path) for path in args.texts)
+    if args.command == "train":
+        train_files(args.texts, args.n_vocab).save(args.out)
+        print(f"learned {args.n_vocab} tokens from {n_bytes:,} bytes: {args.out}", file=sys.stderr)
+    else:
+        enc = load(args.tokenizer)
+        n_tokens, n_docs, n_bytes = encode_files(enc, args.texts, args.out, args.docs, args.n_procs)
+        print(
+            f"{n_tokens:,} tokens in {n_docs:,} documents, {n_bytes / n_tokens:.2f} bytes a token: "
+            f"{args.out}",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    utils.run(main)
