@@ -1560,7 +1560,7 @@ def receive(url, answer, part, size):
             open(part, "ab") as file,
             tqdm(desc=part.stem, total=size, initial=have, file=sys.stderr, **units) as bar,
         ):
-            for chunk in answer.iter_content(1 << 16):
+            for chunk in answer.iter_content(1 << 13):  # an unfinished chunk is lost: small ones
                 if file.tell() == 0 and is_page(chunk):
                     raise ValueError(f"{url}: the server sent a page instead of the file")
                 file.write(chunk)
