@@ -1,0 +1,863 @@
+"""Train GPT-2 in NumPy: gradients into better parameters.
+
+Reading order: where a model starts (`init_params`), what it reads (`Windows`), how it learns
+(`AdamW`, `learning_rate`, `train_step`), how well it does (`evaluate`), what is kept of it
+(`save_checkpoint`, `Log`), the loop (`train`), and the command line.
+
+    params = init_params(utils.Config(n_vocab=1024, n_ctx=128, n_embd=64, n_head=4, n_layer=2))
+    run = Run(params, Settings(steps=1000))
+    train(run, Windows(tokens, run.settings))
+"""
+
+import contextlib
+import csv
+import hashlib
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+
+import encoder
+import gpt2
+import utils
+
+# ----------------------------------------------------------------------------------------------
+# The start, and the settings of a run
+
+
+def init_params(config, seed=0):
+    """Return new Params: weights from N(0, 0.02), biases 0, gains 1, as GPT-2 starts.
+
+    The projections back into the residual stream, to which 2 n_layer branches add, are smaller by
+    sqrt(2 n_layer). Radford et al. 2019, section 2.3. The same seed gives the same values.
+    """
+    params = utils.Params(config)
+    rng = np.random.default_rng(seed)
+    for name, array in params.named.items():
+        if name.endswith("/g"):
+            array[...] = 1
+        elif not name.endswith("/b"):
+            std = 0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02
+            array[...] = std * rng.standard_normal(array.shape, np.float32)
+    return params
+
+
+@dataclass
+class Settings:
+    """How to train; the command line has a flag for each."""
+
+    data: str | None = None  # where the tokens come from, for --resume
+    val_data: str | None = None
+    docs: str = "eot"
+    steps: int = 2000
+    batch_size: int = 16  # windows a micro-batch
+    seq_len: int = 128  # tokens a window
+    grad_accum: int = 1  # micro-batches a step
+    order: str = "random"  # of the windows
+    lr: float = 1e-3  # at its highest
+    min_lr: float = 1e-4  # at the end of the decay
+    warmup: int = 100  # steps
+    decay_steps: int | None = None  # steps until min_lr; None is `steps`
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0  # the largest norm of the gradient
+    seed: int = 0
+    eval_every: int = 250  # steps
+    eval_tokens: int = 50_000  # the most that are used each time
+    save_every: int = 250  # steps
+    sample_every: int = 500  # steps
+    prompt: str = ""  # of the samples
+
+    @property
+    def tokens_per_step(self):
+        return self.batch_size * self.seq_len * self.grad_accum
+
+
+@dataclass
+class Run:
+    """A training run between two steps: all that a checkpoint holds."""
+
+    params: utils.Params
+    settings: Settings = field(default_factory=Settings)
+    step: int = 0  # steps done; the position in the data follows from it
+    best_loss: float = math.inf  # the lowest validation loss so far, in nats a token
+    optimizer: "AdamW" = None
+
+    def __post_init__(self):
+        self.optimizer = self.optimizer or AdamW(self.params)
+
+
+# ----------------------------------------------------------------------------------------------
+# Data
+
+
+class Windows:
+    """Batches of windows of T = seq_len tokens, each token with the next as its target.
+
+    Each pass over the data cuts it at another offset and takes the windows in another order (with
+    order "random"; otherwise first to last). Pass n depends on the seed and n only, so that a
+    window's number is all one needs to know to go on from it.
+
+    tokens (N,). Raises ValueError if they are fewer than a batch, B T + 1.
+    """
+
+    def __init__(self, tokens, settings):
+        B, T = settings.batch_size, settings.seq_len
+        if len(tokens) < B * T + 1:
+            raise ValueError(
+                f"data of {len(tokens)} tokens is shorter than one batch of {B} windows of {T} "
+                "tokens and a last target: give more text, or a smaller --batch_size or --seq_len"
+            )
+        self.tokens, self.settings = tokens, settings
+        self.n_windows = max(1, (len(tokens) - 1) // T - 1)  # one less leaves room for the offset
+        self._pass, self._starts = None, None
+
+    def batch(self, number):
+        """Return tokens and targets, (B, T) each, of batch `number`: 0, 1, 2, ..."""
+        B, T = self.settings.batch_size, self.settings.seq_len
+        starts = [self._start(i) for i in range(number * B, (number + 1) * B)]
+        rows = np.stack([self.tokens[start : start + T + 1] for start in starts])
+        return rows[:, :-1], rows[:, 1:]
+
+    def _start(self, window):
+        n_pass, i = divmod(window, self.n_windows)
+        if n_pass != self._pass:
+            self._pass, self._starts = n_pass, self._cut(n_pass)
+        return self._starts[i]
+
+    def _cut(self, n_pass):
+        """Return where the windows of a pass start, (n_windows,), in their order."""
+        T = self.settings.seq_len
+        starts = np.arange(self.n_windows) * T
+        if self.settings.order == "random":
+            rng = np.random.default_rng([self.settings.seed, n_pass])
+            starts += rng.integers(len(self.tokens) - starts[-1] - T)
+            rng.shuffle(starts)
+        return starts
+
+
+# ----------------------------------------------------------------------------------------------
+# Learning
+
+
+class AdamW:
+    """Adam with decoupled weight decay, over the packed buffer of the parameters.
+
+    m and v, running means of the gradient and of its square, are buffers of the same layout. Only
+    matrices decay. Loshchilov and Hutter 2017, arXiv:1711.05101; Kingma and Ba 2014,
+    arXiv:1412.6980.
+    """
+
+    BLOCK = 32768  # values updated at a time: with their temporaries they stay in the cache
+
+    def __init__(self, params):
+        self.m, self.v = np.zeros_like(params.flat), np.zeros_like(params.flat)
+        self._temporaries = np.empty((2, min(self.BLOCK, params.flat.size)), params.flat.dtype)
+        self._spans = decay_spans(params.config)
+
+    def step(self, params, grads, lr, step, settings, scale=1.0):
+        """Update params by gradients times `scale`, in place; `step` counts from 1.
+
+        p -= lr weight_decay p (matrices) and p -= lr m' / (sqrt(v') + eps), where m' and v' are m
+        and v with the weight of their start from zero taken out.
+        """
+        s = settings
+        rate, root = lr / (1 - s.beta1**step), math.sqrt(1 - s.beta2**step)
+        for start, end, decays in self._spans:
+            for at in range(start, end, self.BLOCK):
+                block = slice(at, min(at + self.BLOCK, end))
+                p, m, v = params.flat[block], self.m[block], self.v[block]
+                g, t = self._temporaries[:, : len(p)]
+                np.multiply(grads.flat[block], scale, out=g)
+                m *= s.beta1
+                m += np.multiply(g, 1 - s.beta1, out=t)
+                v *= s.beta2
+                g *= g
+                v += np.multiply(g, 1 - s.beta2, out=g)
+                np.sqrt(v, out=t)
+                t /= root
+                t += s.eps
+                np.divide(m, t, out=t)
+                t *= rate
+                if decays:
+                    p *= 1 - lr * s.weight_decay
+                p -= t
+
+
+def decay_spans(config):
+    """Return [(start, end, decays)], the stretches of the packed buffer that decay and do not."""
+    spans, end = [], 0
+    for name, shape in utils.layout(config).items():
+        start, end = end, end + math.prod(shape)
+        decays = not name.endswith(("/b", "/g"))
+        if spans and spans[-1][2] == decays:
+            start = spans.pop()[0]
+        spans.append((start, end, decays))
+    return spans
+
+
+def learning_rate(step, settings):
+    """Return the rate of a step (from 0): a linear warm-up, then half a cosine down to min_lr.
+
+    Loshchilov and Hutter 2016, arXiv:1608.03983.
+    """
+    s = settings
+    if step < s.warmup:
+        return s.lr * (step + 1) / s.warmup
+    decay_steps = s.decay_steps or s.steps
+    done = min(1.0, (step - s.warmup) / max(1, decay_steps - s.warmup))
+    return s.min_lr + (s.lr - s.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def norm(values, block=1 << 16):
+    """Return the Euclidean norm of an array (N,), its squares summed in blocks for precision."""
+    blocks = (values[at : at + block] for at in range(0, len(values), block))
+    return math.sqrt(sum(float(np.dot(b, b)) for b in blocks))
+
+
+def train_step(run, grads, batches):
+    """Take one step on the mean gradient of batches (tokens, targets); return loss, norm, rate.
+
+    The gradient is clipped to a norm of grad_clip (Pascanu et al. 2012, arXiv:1211.5063); the norm
+    returned is that before. Raises ValueError, with the parameters as they were, if the loss or
+    the gradient is not finite.
+    """
+    s = run.settings
+    grads.flat[...] = 0
+    losses = [gpt2.loss_and_grads(run.params, *batch, grads)[0] for batch in batches]
+    loss, grad_norm = sum(losses) / len(losses), norm(grads.flat) / len(losses)
+    if not math.isfinite(loss + grad_norm):
+        raise ValueError(
+            f"training has diverged: at step {run.step + 1} the loss is {loss} and the norm of the "
+            f"gradient {grad_norm}. The last checkpoint is untouched; try a lower --lr"
+        )
+    lr = learning_rate(run.step, s)
+    run.step += 1
+    scale = min(1.0, s.grad_clip / (grad_norm + 1e-6)) / len(losses)
+    run.optimizer.step(run.params, grads, lr, run.step, s, scale)
+    return loss, grad_norm, lr
+
+
+# ----------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate(params, tokens, seq_len, stride=None, batch_size=8):
+    """Yield, batch by batch, the losses in nats (n,) of tokens (N,) after the first: N - 1 in all.
+
+    They are read in windows of seq_len, one every `stride` tokens (by default, and at most,
+    seq_len). Each token counts once, in the first window that reaches it: a smaller stride gives
+    it more context, and takes more time. Raises ValueError if there are not two tokens.
+    """
+    if len(tokens) < 2:
+        raise ValueError(f"cannot evaluate on {len(tokens)} tokens: two at least are needed")
+    overlap = seq_len - (stride or seq_len)
+    starts = range(0, max(1, len(tokens) - 1 - overlap), seq_len - overlap)
+    for i in range(0, len(starts), batch_size):
+        group = starts[i : i + batch_size]
+        x = np.zeros((len(group), seq_len), np.int64)
+        y = np.full_like(x, gpt2.IGNORE)
+        for row, start in enumerate(group):
+            window = tokens[start : start + seq_len + 1]
+            x[row, : len(window) - 1] = window[:-1]
+            y[row, : len(window) - 1] = window[1:]
+            if start > 0:
+                y[row, :overlap] = gpt2.IGNORE  # counted in the window before
+        yield gpt2.token_losses(params, x, y)[y != gpt2.IGNORE]
+
+
+@dataclass
+class Score:
+    """How well a model predicts `n_tokens` tokens, which are `n_bytes` bytes of text."""
+
+    nats: float  # in total
+    n_tokens: int
+    n_bytes: int
+
+    @property
+    def loss(self):
+        """Nats a token."""
+        return self.nats / self.n_tokens
+
+    @property
+    def bits_per_byte(self):
+        """Comparable between tokenizers, as nats a token are not."""
+        return self.nats / math.log(2) / max(1, self.n_bytes)
+
+    def __str__(self):
+        perplexity = math.exp(min(self.loss, 700))  # what a float can hold
+        return (
+            f"{self.loss:.4f} nats a token, perplexity {perplexity:.2f}, "
+            f"{self.bits_per_byte:.4f} bits a byte"
+        )
+
+
+def score(params, enc, tokens, seq_len, stride=None, batch_size=8):
+    """Return the Score of a model on tokens (N,), with a progress bar if it takes long.
+
+    An end-of-text token must be predicted as any other, and counts as no bytes.
+    """
+    from tqdm import tqdm
+
+    with tqdm(total=len(tokens) - 1, desc="evaluate", unit="tok", leave=False, delay=2) as bar:
+        nats = 0.0
+        for losses in evaluate(params, tokens, seq_len, stride, batch_size):
+            nats += float(losses.sum(dtype=np.float64))
+            bar.update(len(losses))
+    lengths = np.array([len(token) for token in enc.tokens])
+    lengths[enc.eot] = 0
+    return Score(nats, len(tokens) - 1, int(lengths[tokens[1:]].sum()))
+
+
+# ----------------------------------------------------------------------------------------------
+# What is kept of a run: checkpoints, the log and its picture
+
+
+def save_checkpoint(folder, run):
+    """Write model.bin, for everyone, and state.npz, from which a run goes on, each atomically.
+
+    state.npz holds the parameters too: whenever the process dies, it is of one step throughout.
+    """
+    meta = {"step": run.step, "best_loss": run.best_loss, "settings": asdict(run.settings)}
+    meta["config"] = asdict(run.params.config)
+    arrays = {"params": run.params.flat, "m": run.optimizer.m, "v": run.optimizer.v}
+    with utils.atomic_write(folder / "state.npz") as file:
+        np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+    utils.save_params(folder / "model.bin", run.params)
+
+
+def load_checkpoint(folder):
+    """Return the Run of a folder's state.npz; raises ValueError if it is damaged."""
+    path = Path(folder) / "state.npz"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file: there is no run to resume in {folder}")
+    try:
+        with np.load(path) as state:
+            meta = json.loads(str(state["meta"]))
+            params = utils.Params(utils.Config(**meta["config"]), state["params"])
+            run = Run(params, Settings(**meta["settings"]), meta["step"], meta["best_loss"])
+            run.optimizer.m[...], run.optimizer.v[...] = state["m"], state["v"]
+    except (KeyError, TypeError, EOFError, zipfile.BadZipFile, ValueError) as error:
+        raise ValueError(f"{path}: not a whole checkpoint of train.py: {error}") from None
+    return run
+
+
+class Log:
+    """log.csv: a row a step, written as it happens; a resumed run drops the rows it makes anew."""
+
+    COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_second", "val_loss", "bits_per_byte")
+
+    def __init__(self, path, step):
+        self.rows = [row for row in read_log(path) if int(row["step"]) <= step] if step else []
+        with utils.atomic_write(path) as file:
+            text = "".join(",".join(row.values()) + "\n" for row in self.rows)
+            file.write((",".join(self.COLUMNS) + "\n" + text).encode())
+        self.path = path
+
+    def add(self, *values):
+        """Write a row; None is an empty cell."""
+        cells = ["" if value is None else f"{value:.6g}" for value in values]
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(",".join(cells) + "\n")
+        self.rows.append(dict(zip(self.COLUMNS, cells, strict=True)))
+
+
+def read_log(path):
+    """Return the rows of a log.csv as dicts; none if there is no such file."""
+    if not Path(path).exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+def plot_log(rows, path):
+    """Draw training and validation loss over the steps to a PNG, if matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=120)
+    for name, label in (("loss", "training (a batch)"), ("val_loss", "validation")):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        style = {"linewidth": 0.8, "alpha": 0.6} if name == "loss" else {"marker": "."}
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=Path(path).parent.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with utils.atomic_write(path) as file:
+        figure.savefig(file, format="png", bbox_inches="tight")
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(run, data, on_step=lambda loss, grad_norm, lr: None, stop=lambda: False):
+    """Take the steps that are left of `run`, in place, on the batches of `data`, a Windows.
+
+    After each, `on_step` is called; `stop()` ends the loop between two steps. Step n reads the
+    batches n grad_accum, n grad_accum + 1, ..., so a resumed run goes on with the very same ones.
+    """
+    s = run.settings
+    grads = utils.Params(run.params.config)
+    while run.step < s.steps and not stop():
+        numbers = range(run.step * s.grad_accum, (run.step + 1) * s.grad_accum)
+        on_step(*train_step(run, grads, (data.batch(number) for number in numbers)))
+
+
+class Reporter:
+    """What a run tells and keeps as it goes: the progress line, log, validation, checkpoints."""
+
+    def __init__(self, run, enc, val, out):
+        from tqdm import tqdm
+
+        s = run.settings
+        self.run, self.enc, self.out = run, enc, out
+        self.val = val[: s.eval_tokens]
+        self.log = Log(out / "log.csv", run.step)
+        self.saved_step = run.step if run.step else None
+        self.bar = tqdm(total=s.steps, initial=run.step, unit="step", dynamic_ncols=True)
+        self.time = time.perf_counter()
+
+    def on_step(self, loss, grad_norm, lr):
+        """Report a step, and do what is due after it."""
+        run, s = self.run, self.run.settings
+        last = run.step == s.steps
+        speed = s.tokens_per_step / (time.perf_counter() - self.time)
+        figures = f"loss {loss:.3f} lr {lr:.1e} norm {grad_norm:.2f} {speed:.0f} tok/s"
+        self.bar.set_postfix_str(figures, refresh=False)
+        self.bar.update()
+        validation = None
+        if last or run.step % s.eval_every == 0:
+            validation = self.validate()
+        scores = (validation.loss, validation.bits_per_byte) if validation else (None, None)
+        self.log.add(run.step, loss, lr, grad_norm, speed, *scores)
+        if last or run.step % s.sample_every == 0:
+            self.sample()
+        if last or run.step % s.save_every == 0:
+            self.save()
+        self.time = time.perf_counter()
+
+    def validate(self):
+        """Score the validation data, and keep the model if it is the best so far."""
+        run = self.run
+        found = score(run.params, self.enc, self.val, run.settings.seq_len)
+        self.note(f"step {run.step}: validation loss {found}")
+        if found.loss < run.best_loss:
+            run.best_loss = found.loss
+            utils.save_params(self.out / "best" / "model.bin", run.params)
+        return found
+
+    def sample(self):
+        """Write a sample to standard output."""
+        s, enc = self.run.settings, self.enc
+        prompt = enc.encode(s.prompt)[-self.run.params.config.n_ctx :]
+        ids = gpt2.generate(self.run.params, prompt, 100, 0.8, seed=s.seed, eot=enc.eot)
+        self.note(f"step {self.run.step}: a sample at temperature 0.8")
+        self.bar.write(s.prompt + enc.decode(list(ids)), file=sys.stdout)
+
+    def save(self):
+        """Write a checkpoint, unless the last one is of this very step."""
+        if self.saved_step != self.run.step:
+            save_checkpoint(self.out, self.run)
+            self.saved_step = self.run.step
+
+    def note(self, message):
+        self.bar.write(message, file=sys.stderr)
+
+    def close(self):
+        self.bar.close()
+        plot_log(self.log.rows, self.out / "loss.png")
+
+
+@contextlib.contextmanager
+def interrupts():
+    """Give a function that tells whether Ctrl-C (or a polite kill) has come since; twice is enough.
+
+    A step is thus never left half done: the loop asks between steps. The second Ctrl-C ends the
+    program at once.
+    """
+    asked = threading.Event()
+
+    def ask(number, frame):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        print("\nstopping after this step ...", file=sys.stderr)
+
+    signals = [signal.SIGINT, signal.SIGTERM]
+    old = [signal.signal(number, ask) for number in signals]
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in zip(signals, old, strict=True):
+            signal.signal(number, handler)
+
+
+# ----------------------------------------------------------------------------------------------
+# The command line
+
+FINE_TUNING = {  # the defaults that differ where --init names a model
+    "steps": 200,
+    "batch_size": 4,
+    "lr": 5e-5,
+    "min_lr": 5e-6,
+    "warmup": 20,
+    "eval_every": 50,
+    "eval_tokens": 10_000,
+    "save_every": 50,
+    "sample_every": 50,
+}
+
+
+positive = utils.positive_int
+DEFAULTS = asdict(Settings()) | {
+    "n_vocab": 1024,
+    "init": "scratch",
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 128,
+    "n_ctx": 128,
+    "models_dir": utils.MODELS_DIR,
+    "seq_len": None,
+}
+
+
+def natural(text):
+    """Return the whole number of 0 or more that a flag was given."""
+    return 0 if text.strip() == "0" else positive(text)
+
+
+def number(text):
+    """Return the finite number of 0 or more that a flag was given."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
+def make_parser():
+    """Return the parser of the command line."""
+    parser = utils.ArgumentParser(
+        prog="train.py",
+        description="Train GPT-2 on your own text, from scratch or from a model. Ctrl-C saves and "
+        "exits; --resume goes on, to the same result as if the run had never stopped.",
+        epilog="example: python train.py --data stories.txt --out models/stories",
+    )
+
+    def add_all(title, *flags):
+        """Add a group of flags: (name, type or choices, help), with defaults from Settings."""
+        group = parser.add_argument_group(title)
+        for name, kind, help in flags:
+            kind = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+            group.add_argument(f"--{name}", default=DEFAULTS.get(name), help=help, **kind)
+        return group
+
+    add_all(
+        "data",
+        ("data", Path, "a text file, or a tokens .bin made by `encoder.py encode`"),
+        ("val_data", Path, "the same for validation; without it, the last tenth of --data"),
+        ("tokenizer", str, "a tokenizer file, or a folder or model that has one; without it, that "
+         "of --init, or the tokenizer.bin beside a .bin, or one learned from the text"),
+        ("n_vocab", positive, "size of the vocabulary that is learned from a text"),
+        ("docs", list(encoder.SEPARATORS), "what a document of a text is, as in `encoder.py`"),
+    )  # fmt: skip
+    add_all(
+        "model",
+        ("init", str, "scratch, or the name or path of a model to fine-tune"),
+        ("n_layer", positive, "layers of a model from scratch"),
+        ("n_head", positive, "its attention heads"),
+        ("n_embd", positive, "its channels"),
+        ("n_ctx", positive, "its tokens of context"),
+        ("models_dir", Path, "folder of the models"),
+    )
+    group = add_all("output", ("out", Path, "folder to write; without it, one named after --data"))
+    group.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    group.add_argument("--overwrite", action="store_true", help="replace the model in --out")
+    add_all(
+        f"training (other defaults when --init names a model: {FINE_TUNING})",
+        ("steps", positive, "steps of the optimizer in all"),
+        ("batch_size", positive, "windows at a time"),
+        ("seq_len", positive, "tokens a window; without it, n_ctx, or at most 256 to fine-tune"),
+        ("grad_accum", positive, "batches a step, their gradients averaged"),
+        ("order", ["random", "sequential"], "of the windows"),
+        ("lr", number, "the highest learning rate"),
+        ("min_lr", number, "the learning rate at the end of its decay"),
+        ("warmup", natural, "steps until the highest learning rate"),
+        ("decay_steps", positive, "steps until --min_lr; without it, --steps"),
+        ("beta1", number, "AdamW: decay of the mean gradient"),
+        ("beta2", number, "AdamW: decay of the mean squared gradient"),
+        ("eps", number, "AdamW: keeps the division from overflowing"),
+        ("weight_decay", number, "AdamW: decay of the matrices"),
+        ("grad_clip", number, "the largest norm of the gradient"),
+        ("seed", natural, "of the first weights, the order of the data, the samples"),
+    )
+    add_all(
+        "reports",
+        ("eval_every", positive, "steps between validations"),
+        ("eval_tokens", positive, "the most tokens that a validation takes"),
+        ("save_every", positive, "steps between checkpoints"),
+        ("sample_every", positive, "steps between samples"),
+        ("prompt", str, "of the samples"),
+    )
+    group = add_all(
+        "evaluation", ("stride", positive, "tokens between windows; without it, --seq_len")
+    )
+    group.add_argument(
+        "--eval_only", action="store_true", help="only print how well --init predicts --data"
+    )
+    return parser
+
+
+def parse_args(argv=None):
+    """Parse the command line; --resume takes the settings of the run as defaults."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.resume:
+        if not (args.out or args.data):
+            parser.error("--resume needs --out, the folder of the run")
+        run = load_checkpoint(out_folder(args))
+        parser.set_defaults(**asdict(run.settings), **asdict(run.params.config))
+    elif args.init != "scratch":
+        parser.set_defaults(**FINE_TUNING)
+    args = parser.parse_args(argv)
+    if not args.data:
+        parser.error("--data is needed: a text file or a tokens .bin")
+    if args.eval_only and args.init == "scratch":
+        parser.error("--eval_only needs --init, the model to evaluate")
+    args.out = out_folder(args)
+    return args
+
+
+def out_folder(args):
+    return args.out or args.models_dir / args.data.stem
+
+
+def is_text(path):
+    """Tell a text file from a tokens .bin, by its name and its first bytes."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        magic = int.from_bytes(file.read(4), "little")
+    return path.suffix != ".bin" and magic != utils.TOKENS_MAGIC
+
+
+def find_tokenizer(args):
+    """Return the Encoder for --data, learning one from it where there is none."""
+    if args.resume:
+        return encoder.load(args.out)
+    if args.tokenizer:
+        return encoder.load(args.tokenizer, args.models_dir)
+    if args.init != "scratch":
+        path = utils.find_model(args.init, args.models_dir)
+        return encoder.load(path if path.is_dir() else path.parent)
+    if is_text(args.data):
+        return learn_tokenizer(args.data, args.n_vocab)
+    beside = args.data.with_name("tokenizer.bin")
+    if not beside.exists():
+        raise ValueError(f"{args.data}: no tokenizer.bin beside it: give its --tokenizer")
+    return encoder.load(beside)
+
+
+def learn_tokenizer(text, n_vocab):
+    """Return the Encoder of n_vocab tokens learned from a text file, once, and kept beside it."""
+    path = text.with_name(f"{text.name}.{n_vocab}.tokenizer.bin")
+    if not is_newer(path, text):
+        note(f"{path}: learning a vocabulary of {n_vocab} tokens from {text}")
+        encoder.train_files([text], n_vocab).save(path)
+    return encoder.load(path)
+
+
+def is_newer(path, source):
+    return path.exists() and path.stat().st_mtime_ns >= source.stat().st_mtime_ns
+
+
+def note(message):
+    print(message, file=sys.stderr, flush=True)
+
+
+def read_data(path, enc, docs):
+    """Return the ids (N,) of a tokens .bin or of a text file, which is encoded once, beside it.
+
+    Raises ValueError for ids that `enc` does not have, or a file made with another vocabulary.
+    """
+    if is_text(path):
+        table = b"".join(bytes([len(token)]) + token for token in enc.tokens)
+        mark = hashlib.sha256(table + docs.encode()).hexdigest()[:8]
+        text, path = path, path.with_name(f"{path.name}.{mark}.bin")
+        if not is_newer(path, text):
+            note(f"{path}: encoding {text}")
+            encoder.encode_files(enc, [text], path, docs, os.cpu_count())
+    tokens, n_vocab = utils.load_tokens(path)
+    top = max(
+        (int(part.max()) for part in np.array_split(tokens, 1 + len(tokens) // 2**24) if part.size),
+        default=0,
+    )
+    if top >= enc.n_vocab or n_vocab not in (0, enc.n_vocab):
+        found = f"a vocabulary of {n_vocab}" if n_vocab else f"the id {top}"
+        raise ValueError(
+            f"{path}: has {found}, but the tokenizer has {enc.n_vocab} tokens: they do not belong "
+            "together; give the --tokenizer it was encoded with"
+        )
+    return tokens
+
+
+def split_data(args, enc):
+    """Return the ids to train on and to validate with."""
+    tokens = read_data(args.data, enc, args.docs)
+    if args.val_data:
+        return tokens, read_data(args.val_data, enc, args.docs)
+    n = len(tokens) - len(tokens) // 10
+    return tokens[:n], tokens[n:]
+
+
+def make_settings(args, n_ctx):
+    """Return the Settings of the command line; raises ValueError if a window exceeds n_ctx."""
+    seq_len = args.seq_len or (n_ctx if args.init == "scratch" else min(n_ctx, 256))
+    if seq_len > n_ctx:
+        raise ValueError(f"--seq_len {seq_len} exceeds n_ctx = {n_ctx}")
+    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    paths = {name: given[name] and str(given[name].resolve()) for name in ("data", "val_data")}
+    return Settings(**given | paths | {"seq_len": seq_len})
+
+
+def make_run(args, enc):
+    """Return the Run that the command line asks for: resumed, from scratch, or from a model."""
+    shape = utils.Config(enc.n_vocab, args.n_ctx, args.n_embd, args.n_head, args.n_layer)
+    if args.resume:
+        run = load_checkpoint(args.out)
+        if shape != run.params.config:
+            raise ValueError(f"{args.out}: the run has {run.params.config}; that cannot be changed")
+        run.settings = make_settings(args, shape.n_ctx)
+        return run
+    if args.init == "scratch":
+        params = init_params(shape, args.seed)
+    else:
+        loaded = gpt2.load(args.init, args.models_dir)
+        params = utils.Params(loaded.config, loaded.flat.copy())
+        if enc.n_vocab > params.config.n_vocab:
+            found = f"{enc.n_vocab} tokens, {args.init} only {params.config.n_vocab}"
+            raise ValueError(f"the tokenizer has {found}")
+    return Run(params, make_settings(args, params.config.n_ctx))
+
+
+def describe(run, n_tokens, seconds):
+    """Tell what was chosen and what it will cost; `seconds` is the measured time of a step."""
+    c, s, n = run.params.config, run.settings, run.params.flat.size
+    left = s.steps - run.step
+    n_passes = left * s.tokens_per_step / n_tokens
+    per_token = c.n_layer * (20 * c.n_embd + c.n_head * s.seq_len)  # activations kept: see gpt2.py
+    logits = min(gpt2.HEAD_ROWS, s.batch_size * s.seq_len) * c.n_vocab
+    memory = 4 * (4 * n + s.batch_size * s.seq_len * per_token + logits)
+    note(
+        f"{n / 1e6:.2f} M parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, "
+        f"{c.n_ctx} tokens of context, a vocabulary of {c.n_vocab}\n"
+        f"{left} steps of {s.tokens_per_step} tokens, {n_passes:.1f} passes over {n_tokens}: about "
+        f"{left * seconds / 60:.1f} minutes and {memory / 1e6:.0f} MB of memory"
+    )
+
+
+def time_step(run, data):
+    """Return the seconds that the gradient of a step takes here; the run stays as it is."""
+    start = time.perf_counter()
+    gpt2.loss_and_grads(run.params, *data.batch(0))
+    return (time.perf_counter() - start) * run.settings.grad_accum
+
+
+def claim_folder(args, enc):
+    """Make --out a folder for a new run; raises ValueError if a model is there already."""
+    if not args.overwrite and any((args.out / name).exists() for name in OUTPUT):
+        raise ValueError(
+            f"{args.out}: there is a model already: --resume goes on with it, --overwrite "
+            "replaces it, and another --out leaves it alone"
+        )
+    for folder in (args.out, args.out / "best"):
+        for name in OUTPUT:
+            (folder / name).unlink(missing_ok=True)
+        enc.save(folder / "tokenizer.bin")
+
+
+OUTPUT = ("model.bin", "state.npz", "log.csv")
+
+
+def train_command(args):
+    """Do what the command line asks for, and say how to go on from there."""
+    enc = find_tokenizer(args)
+    tokens, val = split_data(args, enc)
+    run = make_run(args, enc)
+    data = Windows(tokens, run.settings)
+    check_validation(val)
+    if not args.resume:
+        claim_folder(args, enc)
+    describe(run, len(tokens), time_step(run, data))
+    reporter = Reporter(run, enc, val, args.out)
+    with interrupts() as stop:
+        try:
+            train(run, data, reporter.on_step, stop)
+            reporter.save()
+        finally:
+            reporter.close()
+    if run.step < run.settings.steps:
+        note(f"{args.out}: saved at step {run.step}; go on with --resume --out {args.out}")
+        sys.exit(130)
+    say_done(args.out, run)
+
+
+def check_validation(val):
+    if len(val) < 2:
+        raise ValueError(f"{len(val)} tokens to validate with: give more text, or --val_data")
+
+
+def say_done(out, run):
+    """Say where the models are and how to sample from the last one."""
+    program = os.path.relpath(Path(gpt2.__file__))
+    command = ["python", program, run.settings.prompt, "--model", str(out), "--n_tokens", "100"]
+    note(
+        f"{out / 'model.bin'}: done (lowest validation loss {run.best_loss:.4f}: {out / 'best'}). "
+        f"Sample from it with: {shlex.join([*command, '--temperature', '0.8'])}"
+    )
+
+
+def eval_command(args):
+    """Print how well --init predicts --data."""
+    params = gpt2.load(args.init, args.models_dir)
+    enc = find_tokenizer(args)
+    tokens = read_data(args.data, enc, args.docs)
+    seq_len = args.seq_len or params.config.n_ctx
+    stride = args.stride or seq_len
+    if not stride <= seq_len <= params.config.n_ctx:
+        limits = f"--stride {stride} <= --seq_len {seq_len} <= n_ctx {params.config.n_ctx}"
+        raise ValueError(f"expected {limits}")
+    found = score(params, enc, tokens, seq_len, stride)
+    print(
+        f"{args.data}: {found}; {found.n_tokens} tokens ({found.n_bytes} bytes), in windows of "
+        f"{seq_len}, stride {stride}"
+    )
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.eval_only:
+        eval_command(args)
+    else:
+        train_command(args)
+
+
+if __name__ == "__main__":
+    utils.run(main)
