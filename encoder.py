@@ -15,12 +15,12 @@ Sources: Sennrich et al. 2016, arXiv:1508.07909 (BPE); Radford et al. 2019, sect
 
 import argparse
 import codecs
-import heapq
 import os
 import re
 import signal
 import sys
 from collections import Counter, defaultdict, deque
+from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -30,18 +30,16 @@ import regex
 import utils
 
 # ----------------------------------------------------------------------------------------------
-# Splitting: text into words, words into pieces. Nothing is ever merged across two pieces.
+# Splitting: nothing is ever merged across two pieces, so that "dog." and "dog!" share a token
 
-# GPT-2's pieces: letters, punctuation or digits, each with the one space before it, contractions,
-# and whitespace, whose last character is left to the next piece. Most frequent first, for speed;
-# "'" starts no letters and no digits, so that only the order of 's and punctuation matters.
-PIECES = regex.compile(
-    r" ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+| ?\p{N}+|\s+(?!\S)|\s+",
-)
+# GPT-2's pieces: letters, punctuation or digits, each with a space before it, contractions, and
+# whitespace, which leaves its last character to what follows. Here in the order that is fastest;
+# only that contractions come before punctuation makes a difference.
+PIECES = regex.compile(r" ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+| ?\p{N}+|\s+(?!\S)|\s+")
 
-# No piece goes on from non-space to space, and none looks back: where a space follows a non-space,
-# the text can be cut, and its parts be split alone. So text can be read in parts, and most words,
-# met before, are looked up whole. (`re`, twice as fast here, takes \x1c to \x1f for spaces.)
+# No piece goes on from a non-space to a space, and none depends on what is before it: wherever a
+# space follows a non-space the text can be cut, and its parts be split by themselves. So words are
+# split when first met, and then looked up. (`re` is fast, but takes \x1c to \x1f for spaces.)
 WORDS = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|\s+")
 
 
@@ -55,35 +53,34 @@ def merge(piece, ids):
     While two neighbours join to a token, the pair whose token has the lowest id is merged, of equal
     pairs the leftmost: the order in which the tokens were learned. With he 256, th 257, the 258:
 
-        t  h  e  m  e      the pairs th 257 and he 256 could be merged: he is lowest
+        t  h  e  m  e      the neighbours th 257 and he 256 are tokens; he is lower
         t  he    m  e      t + he is the 258
-        the      m  e      neither the + m nor m + e is a token: 258, 76, 68
+        the      m  e      the + m and m + e are no tokens, so these three are the result
 
-    A part is known by its first byte. A queue holds all pairs, also outdated ones, so that n bytes
-    take O(n log n) steps.
+    A part is known by the place of its first byte. The queue holds every pair that is a token, and
+    some that are no more, so that merging n bytes takes O(n log n) steps.
     """
     n = len(piece)
-    start, end = list(range(-1, n)), list(range(1, n + 2))  # of the part before, of the part at i
-    pair = [ids.get(piece[i : i + 2]) for i in range(n - 1)]  # the id that part i makes with next
+    start, end = list(range(-1, n)), list(range(1, n + 2))  # of the part before, and of this part
+    pair = [ids.get(piece[i : i + 2]) for i in range(n - 1)]  # the id of this part + the next
     pair.append(None)
     queue = [(id, i) for i, id in enumerate(pair) if id is not None]
-    heapq.heapify(queue)
+    heapify(queue)
     while queue:
-        id, i = heapq.heappop(queue)
+        id, i = heappop(queue)
         if pair[i] != id:
-            continue  # outdated: one of the two parts has been merged since
+            continue  # one of the two was merged with another neighbour
         middle = end[i]
         end[i] = stop = end[middle]
-        start[stop], pair[middle], pair[i] = i, None, None
-        if stop < n:
-            pair[i] = id = ids.get(piece[i : end[stop]])
-            if id is not None:
-                heapq.heappush(queue, (id, i))
+        start[stop], pair[middle] = i, None
+        pair[i] = id = ids.get(piece[i : end[stop]]) if stop < n else None
+        if id is not None:
+            heappush(queue, (id, i))
         if i > 0:
             left = start[i]
             pair[left] = id = ids.get(piece[left:stop])
             if id is not None:
-                heapq.heappush(queue, (id, left))
+                heappush(queue, (id, left))
     tokens, i = [], 0
     while i < n:
         tokens.append(ids[piece[i : end[i]]])
@@ -92,9 +89,9 @@ def merge(piece, ids):
 
 
 class Cache(dict):
-    """The results of a function of str, kept in bounded memory; `cache[text]` computes a new one.
+    """Remembers what a function of a str returned; `cache[text]` calls it for a new text only.
 
-    Texts over 64 characters are not kept, and after 65,536 entries it starts again from none.
+    Bounded: texts of over 64 characters are not kept, and when 131,072 are, it begins anew.
     """
 
     def __init__(self, function):
@@ -103,29 +100,31 @@ class Cache(dict):
     def __missing__(self, text):
         result = self.function(text)
         if len(text) <= 64:
-            if len(self) >= 65536:
+            if len(self) == 131072:
                 self.clear()
             self[text] = result
         return result
 
 
 class Encoder:
-    """Turns text into token ids and back, given a token table as `utils.load_tokenizer` reads it.
+    """Turns text into token ids and back, given a token table as `utils.load_tokenizer` returns it.
 
-    `tokens` is a list of bytes indexed by id, `eot` the id of the end-of-text token or None.
+    `tokens` is a list of bytes indexed by id, `eot` the id of the end-of-text token, or None.
     """
 
     def __init__(self, tokens, eot=None):
         self.tokens, self.eot, self.n_vocab = list(tokens), eot, len(tokens)
         self._ids = {token: id for id, token in enumerate(tokens) if id != eot or len(token) == 1}
-        self._words, self._pieces = Cache(self._encode_word), Cache(self._encode_piece)
-
-    def _encode_piece(self, piece):
-        data = piece.encode()
-        return (self._ids[data],) if data in self._ids else tuple(merge(data, self._ids))
+        self._words = Cache(self._encode_word)
 
     def _encode_word(self, word):
-        return tuple(chain.from_iterable(map(self._pieces.__getitem__, PIECES.findall(word))))
+        """Return the ids, a tuple, of one of WORDS; most pieces are tokens as they are."""
+        ids = []
+        for piece in PIECES.findall(word):
+            piece = piece.encode()
+            id = self._ids.get(piece)
+            ids += merge(piece, self._ids) if id is None else (id,)
+        return tuple(ids)
 
     def encode(self, text, allow_special=False):
         """Return the ids (a list) of a text.
@@ -220,9 +219,13 @@ def train(texts, n_vocab):
 
     because a + n is there four times; then b + an and an + a twice, and b has the lower id.
     """
+    return train_on_pieces(count_pieces([texts] if isinstance(texts, str) else texts), n_vocab)
+
+
+def train_on_pieces(pieces, n_vocab):
+    """Return the Encoder that `train` learns, given {piece: count}."""
     if n_vocab < 257:
         raise ValueError(f"n_vocab = {n_vocab}: 256 bytes and {utils.EOT_TEXT} are 257 tokens")
-    pieces = count_pieces([texts] if isinstance(texts, str) else texts)
     tokens = [bytes([byte]) for byte in utils.bytes_to_unicode()]
     learn_merges(pieces, tokens, n_vocab - 1)
     return Encoder([*tokens, utils.EOT_TEXT.encode()], eot=n_vocab - 1)
@@ -255,7 +258,7 @@ def learn_merges(pieces, tokens, n_tokens):
     for i in range(len(words)):
         count_pairs(words[i], weights[i], i, counts, where)
     queue = [(-count, pair) for pair, count in counts.items()]
-    heapq.heapify(queue)
+    heapify(queue)
     for new in tqdm(range(len(tokens), n_tokens), "merges", unit=""):
         pair = pop_most_frequent(queue, counts)
         if pair is None:
@@ -271,7 +274,7 @@ def learn_merges(pieces, tokens, n_tokens):
             count_pairs(words[i], weights[i], i, counts, where)
         for other in {pair for i in affected for pair in pairwise(words[i]) if new in pair}:
             if len(tokens[other[0]] + tokens[other[1]]) < 256:
-                heapq.heappush(queue, (-counts[other], other))
+                heappush(queue, (-counts[other], other))
 
 
 def count_pairs(word, weight, i, counts, where):
@@ -287,11 +290,11 @@ def pop_most_frequent(queue, counts):
     Counts in the queue may have fallen since; they never rise, as only pairs with a new id do.
     """
     while queue:
-        count, pair = heapq.heappop(queue)
+        count, pair = heappop(queue)
         if -count == counts[pair]:
             return pair
         if counts[pair] > 0:
-            heapq.heappush(queue, (-counts[pair], pair))
+            heappush(queue, (-counts[pair], pair))
     return None
 
 
@@ -436,7 +439,8 @@ def train_files(paths, n_vocab):
     n_bytes = sum(os.path.getsize(path) for path in paths)
     with tqdm(total=n_bytes, desc="read", unit="B", unit_scale=True) as bar:
         chunks = chain.from_iterable(read_chunks(path, CHUNK, bar.update) for path in paths)
-        return train(chunks, n_vocab)
+        pieces = count_pieces(chunks)
+    return train_on_pieces(pieces, n_vocab)
 
 
 # ----------------------------------------------------------------------------------------------
