@@ -276,6 +276,23 @@ def load_params(path):
     """
     path = Path(path)
     path = path / "model.bin" if path.is_dir() else path
+    config, rows, dtype = read_model_header(path)
+    values = np.memmap(path, dtype, "r", offset=HEADER_BYTES).view(np.ndarray)
+    if dtype == np.uint16:
+        values = bf16_to_float32(values)
+    if rows == config.n_vocab_padded:
+        return Params(config, values)
+    params = Params(config)  # unpadded: leave a gap of zeros after the rows of wte
+    params.flat[: rows * config.n_embd] = values[: rows * config.n_embd]
+    params.flat[config.n_vocab_padded * config.n_embd :] = values[rows * config.n_embd :]
+    return params
+
+
+def read_model_header(path):
+    """Return a model .bin file's Config, rows of wte, and dtype (uint16 for bf16), size checked.
+
+    Raises as `load_params` does.
+    """
     _, version, n_ctx, n_vocab, n_layer, n_head, n_embd, padded, *_ = read_header(
         path, MODEL_MAGIC, (1, 3, 5)
     )
@@ -290,15 +307,7 @@ def load_params(path):
     dtype = np.dtype("<u2" if version == 5 else "<f4")
     what = f"version {version} of {config}"
     check_size(path, HEADER_BYTES + dtype.itemsize * n_values, what)
-    values = np.memmap(path, dtype, "r", offset=HEADER_BYTES).view(np.ndarray)
-    if version == 5:
-        values = bf16_to_float32(values)
-    if rows == config.n_vocab_padded:
-        return Params(config, values)
-    params = Params(config)  # unpadded: leave a gap of zeros after the rows of wte
-    params.flat[: rows * n_embd] = values[: rows * n_embd]
-    params.flat[config.n_vocab_padded * n_embd :] = values[rows * n_embd :]
-    return params
+    return config, rows, dtype
 
 
 def bf16_to_float32(values):
@@ -1088,19 +1097,35 @@ def note(message):
     print(message, file=sys.stderr, flush=True)
 
 
+def open_bin(path):
+    """Return (config, get) of a model .bin file; raises as `load_params` does.
+
+    Not by `load_params`: pages of a memory map, once read, count as memory in use.
+    """
+    config, rows, dtype = read_model_header(path)
+    kind = "BF16" if dtype == np.uint16 else "F32"
+    entries, end = {}, HEADER_BYTES
+    for name, shape in tensors(config):
+        size = dtype.itemsize * math.prod(shape)
+        entries[name] = SimpleNamespace(path=path, dtype=kind, shape=shape, offset=end, size=size)
+        end += size
+        if name == "model/wte":
+            end += dtype.itemsize * (rows - config.n_vocab) * config.n_embd
+    return config, lambda name: read_tensor(entries[name])
+
+
 def open_model(source):
     """Return (config, get, kind) of a model in any format that we read.
 
     Raises FileNotFoundError, or ValueError saying what was found and what was expected.
     """
     if source.is_file():
-        params = load_params(source)
-        return params.config, params.named.__getitem__, "a model file"
+        return *open_bin(source), "a model file"
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder")
     names = sorted(path.name for path in source.iterdir())
     if "model.bin" in names:
-        return *open_model(source / "model.bin")[:2], "one of our models"
+        return *open_bin(source / "model.bin"), "one of our models"
     if "hparams.json" in names or any(name.endswith(".index") for name in names):
         return *open_openai(source), "a checkpoint in OpenAI's layout"
     if any(name.startswith("model.safetensors") for name in names):

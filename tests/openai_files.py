@@ -154,7 +154,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     A fault is a status (500), or "drop" (half the body or 20,000 bytes, then the connection is
     lost), "hang" (the same, but kept open), "no range", "truncated", "altered" (on the server),
-    "corrupt" (on the way: the MD5 is the original's), "page", "hidden page" (of no type), or "gzip".
+    "corrupt" (on the way: the MD5 is the original's), "page", "hidden page" (of no type), "gzip".
     """
 
     def do_GET(self):

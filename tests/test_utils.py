@@ -673,13 +673,17 @@ def test_convert_says_when_there_is_no_tokenizer(tmp_path, capsys):
     assert list(contents(tmp_path / "out")) == ["model.bin"]
 
 
-def test_convert_accepts_a_model_file_and_old_versions(tmp_path):
+@pytest.mark.parametrize("version", [1, 3, 5])
+def test_convert_accepts_a_model_file_of_every_version(tmp_path, version):
     params = random_params()
+    params.flat.view("u4")[:] &= 0xFFFF0000  # what bf16 holds exactly
+    start, end = TINY.n_vocab * TINY.n_embd, TINY.n_vocab_padded * TINY.n_embd
+    values = {1: np.delete(params.flat, np.s_[start:end]), 3: params.flat}.get(version)
+    values = (params.flat.view("u4") >> 16).astype("<u2") if version == 5 else values
     openai_files.write_tokenizer(tmp_path)
-    bits = params.flat.view("u4") >> 16
-    write_bin(tmp_path / "model.bin", 5, TINY, bits.astype("<u2"))
+    write_bin(tmp_path / "model.bin", version, TINY, values)
     utils.convert(tmp_path / "model.bin", tmp_path / "out")
-    assert (utils.load_params(tmp_path / "out").flat.view("u4") == bits << 16).all()
+    assert utils.load_params(tmp_path / "out").flat.tobytes() == params.flat.tobytes()
     assert len(utils.load_tokenizer(tmp_path / "out")[0]) == 260
 
 
