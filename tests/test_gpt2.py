@@ -1,0 +1,1639 @@
+"""gpt2.py: layers and their gradients, the model, the KV cache, sampling, generation, the CLI.
+
+Gradients are compared with central finite differences in float64, the model with a naive one
+written from the paper, and both with PyTorch's and OpenAI's numbers where those are at hand.
+"""
+
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import encoder
+import gpt2
+import utils
+
+pytestmark = pytest.mark.filterwarnings("error")  # an overflow or an invalid value is a failure
+
+CONFIG = utils.Config(n_vocab=61, n_ctx=16, n_embd=12, n_head=3, n_layer=2)
+MINI = utils.Config(n_vocab=7, n_ctx=5, n_embd=4, n_head=2, n_layer=2)  # for numeric gradients
+
+EPS = {np.float32: 1e-5, np.float64: 1e-12}  # how far two orders of the same sums may differ
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def random_params(config=CONFIG, dtype=np.float64, seed=0, scale=0.3):
+    """Params far from any symmetry: N(0, scale), gains around 1, the padding zero."""
+    rng = np.random.default_rng(seed)
+    params = utils.Params(config, np.zeros(utils.n_params(config), dtype))
+    for name, array in params.named.items():
+        array[...] = name.endswith("/g") + scale * rng.standard_normal(array.shape)
+    return params
+
+
+def random_tokens(*shape, config=CONFIG, seed=1):
+    return np.random.default_rng(seed).integers(config.n_vocab, size=shape)
+
+
+def normal(*shape, seed=2):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+# ----------------------------------------------------------------------------------------------
+# Gradients against finite differences
+
+
+def numeric_gradient(function, x, step=1e-3):
+    """d function() / dx, with x changed in place, by the central difference over five points.
+
+    Its error is of order step^4 (Abramowitz and Stegun 1964, 25.3.6).
+    """
+    gradient = np.empty(x.shape)
+    for i in np.ndindex(x.shape):
+        old, values = x[i], []
+        for steps in (-2, -1, 1, 2):
+            x[i] = old + steps * step
+            values.append(function())
+        x[i] = old
+        gradient[i] = (8 * (values[2] - values[1]) - (values[3] - values[0])) / (12 * step)
+    return gradient
+
+
+def assert_gradient(found, numeric, name=""):
+    """Every element within 1e-7 of its own size, or within rounding: 1e-9 of the largest."""
+    largest = np.abs(numeric).max(initial=0)
+    np.testing.assert_allclose(found, numeric, rtol=1e-7, atol=1e-9 * largest, err_msg=name)
+
+
+def check_backward(forward, backward, inputs, params=None, under="nothing"):
+    """Compare a backward with numeric gradients of the sum of weights * forward(*inputs).
+
+    forward(*inputs) -> out, cache; backward(dout, cache, grads) -> the gradients of the inputs.
+    Parameters whose names begin with `under` must receive their gradients on top of what is there,
+    and no others may be touched.
+    """
+    out, cache = forward(*inputs)
+    weights = normal(*out.shape, seed=9)
+    grads = random_params(params.config, seed=8) if params else None
+    before = grads.flat.copy() if params else None
+
+    def loss():
+        return float((weights * forward(*inputs)[0]).sum())
+
+    found = backward(weights.copy(), cache, grads)
+    found = found if isinstance(found, tuple) else (found,)
+    if inputs:
+        for x, dx in zip(inputs, found, strict=True):
+            assert dx.shape == x.shape
+            assert_gradient(dx, numeric_gradient(loss, x))
+    if params:
+        before = utils.Params(params.config, before)
+        for name, array in params.named.items():
+            change = grads.named[name] - before.named[name]
+            if name.startswith(under):
+                assert_gradient(change, numeric_gradient(loss, array), name)
+            else:
+                assert not change.any(), name
+
+
+def test_embed_gradient_is_numeric_with_repeated_tokens():
+    params = random_params(MINI)
+    tokens = np.array([[3, 3, 0], [6, 3, 0]])
+    for positions in (np.arange(3)[None], np.array([[0, 1, 2], [2, 3, 4]])):
+        check_backward(
+            lambda positions=positions: gpt2.embed(tokens, positions, params),
+            lambda dout, cache, d: gpt2.embed_backward(dout, cache, d),
+            (),
+            params,
+            "model/w",
+        )
+
+
+def test_layer_norm_gradient_is_numeric():
+    params = random_params(MINI)
+    check_backward(
+        lambda x: gpt2.layer_norm(x, params.ln_f),
+        lambda dout, cache, d: gpt2.layer_norm_backward(dout, cache, params.ln_f, d.ln_f),
+        (3 * normal(2, 3, 4) + 5,),
+        params,
+        "model/ln_f/",
+    )
+
+
+def test_linear_gradient_is_numeric():
+    params = random_params(MINI)
+    p = params.h[1].mlp.c_fc
+    check_backward(
+        lambda x: gpt2.linear(x, p),
+        lambda dout, cache, d: gpt2.linear_backward(dout, cache, p, d.h[1].mlp.c_fc),
+        (normal(2, 3, 4),),
+        params,
+        "model/h1/mlp/c_fc/",
+    )
+
+
+def test_gelu_gradient_is_numeric():
+    check_backward(
+        gpt2.gelu,
+        lambda dout, cache, d: gpt2.gelu_backward(dout, cache),
+        (np.linspace(-5, 5, 41).reshape(1, 41) + 0.01,),
+    )
+
+
+def softmax(x):
+    """gpt2.softmax, which works in place, as a forward of the usual form."""
+    att = gpt2.softmax(x.copy())
+    return att, att
+
+
+def test_softmax_gradient_is_numeric():
+    check_backward(
+        softmax,
+        lambda dout, att, d: gpt2.softmax_backward(dout, att),
+        (2 * normal(2, 3, 5),),
+    )
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [[[0, 1, 2]], [[2, 3, 4]], [[0, 1, 2], [2, 3, 4]], [[4, 4, 4]]],
+    ids=["from the start", "after others", "ragged", "nothing hidden"],
+)
+def test_attend_gradient_is_numeric(positions):
+    q, k, v = normal(2, 2, 3, 4), normal(2, 2, 5, 4, seed=3), normal(2, 2, 5, 4, seed=4)
+    positions = np.array(positions)
+    check_backward(
+        lambda q, k, v: gpt2.attend(q, k, v, positions),
+        lambda dout, cache, d: gpt2.attend_backward(dout, cache),
+        (q, k, v),
+    )
+
+
+def test_attention_gradient_is_numeric():
+    params = random_params(MINI)
+    p, positions = params.h[0].attn, np.arange(3)[None]
+    check_backward(
+        lambda x: gpt2.attention(x, p, 2, positions),
+        lambda dout, cache, d: gpt2.attention_backward(dout, cache, p, d.h[0].attn, 2),
+        (normal(2, 3, 4),),
+        params,
+        "model/h0/attn/",
+    )
+
+
+def test_mlp_gradient_is_numeric():
+    params = random_params(MINI)
+    p = params.h[1].mlp
+    check_backward(
+        lambda x: gpt2.mlp(x, p),
+        lambda dout, cache, d: gpt2.mlp_backward(dout, cache, p, d.h[1].mlp),
+        (normal(2, 3, 4),),
+        params,
+        "model/h1/mlp/",
+    )
+
+
+def test_block_gradient_is_numeric():
+    params = random_params(MINI)
+    p, positions = params.h[0], np.arange(3)[None]
+    check_backward(
+        lambda x: gpt2.block(x, p, 2, positions),
+        lambda dout, cache, d: gpt2.block_backward(dout, cache, p, d.h[0], 2),
+        (normal(2, 3, 4),),
+        params,
+        "model/h0/",
+    )
+
+
+def test_cross_entropy_gradient_is_numeric_and_zero_where_ignored():
+    targets = np.array([0, 6, -1, 3, 3, -1])
+    check_backward(
+        lambda logits: gpt2.cross_entropy(logits.copy(), targets),
+        lambda dout, cache, d: gpt2.cross_entropy_backward(dout, cache),
+        (2 * normal(6, 7),),
+    )
+
+
+@pytest.mark.parametrize("head_rows", [1, 3, 6, 256])
+def test_head_gradient_is_numeric_over_blocks_of_rows(head_rows, monkeypatch):
+    monkeypatch.setattr(gpt2, "HEAD_ROWS", head_rows)
+    params, targets = random_params(MINI), np.array([0, 6, -1, 3, 3, -1, 2])
+    x, grads = normal(7, 4), random_params(MINI, seed=8)
+    before = grads.flat.copy()
+
+    def loss():
+        return float(gpt2.head(x, params, targets)[0].sum() / 5)  # the mean over those that count
+
+    losses, dx = gpt2.head(x, params, targets, grads)
+    assert losses.shape == (7,)
+    assert not losses[targets == -1].any()
+    assert math.isclose(losses.sum() / 5, loss(), rel_tol=1e-15)
+    assert_gradient(dx, numeric_gradient(loss, x))
+    change = utils.Params(MINI, grads.flat - before)
+    assert_gradient(change.wte, numeric_gradient(loss, params.wte))
+    assert not change.flat[128 * 4 :].any()
+
+
+def test_head_without_gradients_returns_none_for_dx():
+    losses, dx = gpt2.head(normal(3, 12), random_params(), np.array([1, -1, 60]))
+    assert dx is None
+    assert losses[1] == 0
+
+
+def test_transformer_gradient_is_numeric():
+    params, tokens = random_params(MINI), np.array([[3, 3, 0, 6, 1], [6, 3, 0, 3, 3]])
+
+    def forward():
+        caches = []
+        return gpt2.transformer(params, tokens, caches=caches), caches
+
+    check_backward(
+        forward,
+        lambda dout, caches, d: gpt2.transformer_backward(dout, caches, params, d),
+        (),
+        params,
+        "model/",
+    )
+
+
+def test_loss_gradient_is_numeric_for_every_parameter(monkeypatch):
+    monkeypatch.setattr(gpt2, "HEAD_ROWS", 4)
+    params = random_params(MINI)
+    tokens = np.array([[3, 3, 0, 6, 1], [6, 3, 0, 3, 3]])  # some twice, 2, 4 and 5 never
+    targets = np.array([[3, 0, -1, 1, 5], [-1, 0, 3, 3, 6]])
+    loss, grads = gpt2.loss_and_grads(params, tokens, targets)
+
+    def numeric_loss():
+        losses = gpt2.token_losses(params, tokens, targets)
+        return float(losses.sum() / 8)
+
+    assert math.isclose(loss, numeric_loss(), rel_tol=1e-14)
+    for name, array in params.named.items():
+        assert_gradient(grads.named[name], numeric_gradient(numeric_loss, array), name)
+
+
+@pytest.mark.parametrize("name", ["gelu", "layer_norm", "linear", "attention", "mlp", "block"])
+def test_layer_leaves_its_input_as_it_was(name):
+    params = random_params()
+    h, positions, x = params.h[0], np.arange(5)[None], normal(2, 5, 12)
+    layers = {
+        "gelu": lambda: gpt2.gelu(x),
+        "layer_norm": lambda: gpt2.layer_norm(x, h.ln_1),
+        "linear": lambda: gpt2.linear(x, h.mlp.c_fc),
+        "attention": lambda: gpt2.attention(x, h.attn, 3, positions),
+        "mlp": lambda: gpt2.mlp(x, h.mlp),
+        "block": lambda: gpt2.block(x, h, 3, positions),
+    }
+    layers[name]()
+    np.testing.assert_array_equal(x, normal(2, 5, 12))
+
+
+def test_backward_leaves_parameters_and_arguments_as_they_were():
+    params, tokens, targets = random_params(), random_tokens(2, 9), random_tokens(2, 9, seed=5)
+    gpt2.loss_and_grads(params, tokens, targets)
+    np.testing.assert_array_equal(params.flat, random_params().flat)
+    np.testing.assert_array_equal(tokens, random_tokens(2, 9))
+    np.testing.assert_array_equal(targets, random_tokens(2, 9, seed=5))
+
+
+def test_grads_accumulate_over_batches():
+    params, tokens, targets = random_params(), random_tokens(2, 9), random_tokens(2, 9, seed=5)
+    total = utils.Params(CONFIG, np.zeros_like(params.flat))
+    parts = []
+    for tokens_b, targets_b in zip(tokens, targets, strict=True):
+        loss, found = gpt2.loss_and_grads(params, tokens_b, targets_b, grads=total)
+        assert found is total
+        parts.append((loss, gpt2.loss_and_grads(params, tokens_b, targets_b)[1].flat))
+    scale = np.abs(total.flat).max()
+    summed = parts[0][1] + parts[1][1]
+    np.testing.assert_allclose(total.flat, summed, rtol=0, atol=1e-14 * scale)
+    loss, grads = gpt2.loss_and_grads(params, tokens, targets)  # rows of equal length: the mean
+    assert math.isclose(loss, (parts[0][0] + parts[1][0]) / 2, rel_tol=1e-14)
+    np.testing.assert_allclose(grads.flat, total.flat / 2, rtol=0, atol=1e-14 * scale)
+
+
+def test_grads_are_zero_for_the_padding_and_for_what_was_not_used():
+    params, tokens = random_params(), random_tokens(2, 9)
+    _, grads = gpt2.loss_and_grads(params, tokens, tokens)
+    assert not grads.flat[61 * 12 : 128 * 12].any()
+    assert not grads.wpe[9:].any()
+    assert grads.wpe[:9].all()
+
+
+def test_ignored_targets_change_neither_loss_nor_gradient_of_the_rest():
+    params, tokens, targets = random_params(), random_tokens(9), random_tokens(9, seed=5)
+    loss, grads = gpt2.loss_and_grads(params, tokens[:6], targets[:6])
+    targets[6:] = -1
+    longer_loss, longer = gpt2.loss_and_grads(params, tokens, targets)
+    assert math.isclose(loss, longer_loss, rel_tol=1e-14)
+    scale = np.abs(grads.flat).max()
+    np.testing.assert_allclose(grads.flat, longer.flat, rtol=0, atol=1e-14 * scale)
+
+
+# ----------------------------------------------------------------------------------------------
+# The model against a naive one
+
+
+def naive_forward(params, tokens):
+    """GPT-2 one token and one head at a time: tokens (T,) -> logits (T, V)."""
+    config = params.config
+    D = config.n_embd // config.n_head
+
+    def norm(x, p):
+        return (x - np.mean(x)) / math.sqrt(np.var(x) + 1e-5) * p.g + p.b
+
+    def gelu(x):
+        return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    stream = [params.wte[token] + params.wpe[t] for t, token in enumerate(tokens)]
+    for p in params.h:
+        keys, values = [], []
+        for t, x in enumerate(stream):
+            qkv = p.attn.c_attn.w @ norm(x, p.ln_1) + p.attn.c_attn.b
+            query, key, value = np.split(qkv, 3)
+            keys.append(key)
+            values.append(value)
+            mixed = np.zeros(config.n_embd)
+            for h in range(config.n_head):
+                own = slice(h * D, (h + 1) * D)
+                scores = [math.exp(query[own] @ k[own] / math.sqrt(D)) for k in keys]
+                for score, v in zip(scores, values, strict=True):
+                    mixed[own] += score / sum(scores) * v[own]
+            x = x + p.attn.c_proj.w @ mixed + p.attn.c_proj.b
+            hidden = p.mlp.c_fc.w @ norm(x, p.ln_2) + p.mlp.c_fc.b
+            hidden = np.array([gelu(value) for value in hidden])
+            stream[t] = x + p.mlp.c_proj.w @ hidden + p.mlp.c_proj.b
+    return np.array([params.wte @ norm(x, params.ln_f) for x in stream])
+
+
+def naive_losses(logits, targets):
+    """-log softmax(logits)[target], 0 for a target of -1: (N, V), (N,) -> (N,)."""
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    rows = zip(log_probs, targets, strict=True)
+    return np.array([0 if target == -1 else -row[target] for row, target in rows])
+
+
+@pytest.mark.parametrize("n_tokens", [1, 7, 16])
+def test_forward_equals_a_naive_transformer(n_tokens):
+    params, tokens = random_params(), random_tokens(n_tokens)
+    np.testing.assert_allclose(
+        gpt2.forward(params, tokens), naive_forward(params, tokens), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_forward_of_a_batch_equals_a_naive_transformer_row_by_row():
+    params, tokens = random_params(), random_tokens(3, 11)
+    expected = [naive_forward(params, row) for row in tokens]
+    np.testing.assert_allclose(gpt2.forward(params, tokens), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_forward_in_float32_is_within_rounding_of_float64():
+    tokens = random_tokens(2, 16)
+    params = random_params(dtype=np.float32)
+    exact = gpt2.forward(utils.Params(CONFIG, params.flat.astype(np.float64)), tokens)
+    assert np.abs(exact).max() > 1
+    np.testing.assert_allclose(gpt2.forward(params, tokens), exact, rtol=0, atol=1e-5)
+
+
+def test_forward_of_one_row_has_no_batch_axis():
+    params, tokens = random_params(), random_tokens(9)
+    logits = gpt2.forward(params, tokens)
+    assert logits.shape == (9, 61)
+    np.testing.assert_array_equal(logits[None], gpt2.forward(params, tokens[None]))
+    np.testing.assert_array_equal(logits, gpt2.forward(params, tokens.tolist()))
+    np.testing.assert_array_equal(logits, gpt2.forward(params, tokens.astype(np.uint16)))
+
+
+def test_gelu_equals_its_formula():
+    x = np.array([-40.0, -3.0, -1.0, -1e-8, 0.0, 1e-8, 0.5, 1.0, 3.0, 40.0])
+    formula = [0.5 * z * (1 + math.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) for z in x]
+    np.testing.assert_allclose(gpt2.gelu(x)[0], formula, rtol=1e-14, atol=1e-14)
+
+
+def test_layer_norm_gives_mean_0_and_variance_1():
+    x = 100 * normal(5, 64) + 1000
+    p = SimpleNamespace(g=np.ones(64), b=np.zeros(64))
+    out, _ = gpt2.layer_norm(x, p)
+    np.testing.assert_allclose(out.mean(-1), 0, atol=1e-13)
+    np.testing.assert_allclose(out.var(-1), 1, atol=1e-8)  # not exactly: eps counts
+    constant, _ = gpt2.layer_norm(np.full((1, 64), 7.0), p)
+    assert not constant.any()
+
+
+def test_softmax_sums_to_one_and_ignores_a_shift():
+    x = normal(4, 9)
+    probs = gpt2.softmax(x.copy())
+    np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-15)
+    np.testing.assert_allclose(gpt2.softmax(x + 50), probs, rtol=1e-12)
+    np.testing.assert_allclose(probs, np.exp(x) / np.exp(x).sum(-1, keepdims=True), rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_softmax_and_cross_entropy_are_stable_at_ten_thousand(dtype):
+    logits = np.array([[1e4, -1e4, 0], [-1e4, 1e4, 0], [-1e4, -1e4, -1e4], [1e4, 1e4, 1e4]], dtype)
+    probs = gpt2.softmax(logits.copy())
+    third = np.full(3, 1 / 3)
+    exact = [[1, 0, 0], [0, 1, 0], third, third]
+    np.testing.assert_allclose(probs, exact, rtol=1e-7)
+    targets = np.array([0, 0, 2, 1])
+    losses, cache = gpt2.cross_entropy(logits.copy(), targets)
+    np.testing.assert_allclose(losses, [0, 2e4, math.log(3), math.log(3)], rtol=1e-7)
+    dlogits = gpt2.cross_entropy_backward(np.ones(4, dtype), cache)
+    np.testing.assert_allclose(dlogits, exact - np.eye(3)[targets], rtol=1e-6)
+
+
+def test_cross_entropy_equals_the_naive_formula():
+    logits, targets = 3 * normal(20, 61), random_tokens(20)
+    targets[::4] = -1
+    losses, _ = gpt2.cross_entropy(logits.copy(), targets)
+    np.testing.assert_allclose(losses, naive_losses(logits, targets), rtol=1e-13)
+
+
+def test_token_losses_equal_the_naive_formula():
+    params, tokens, targets = random_params(), random_tokens(2, 9), random_tokens(2, 9, seed=5)
+    targets[1, 4:] = -1
+    losses = gpt2.token_losses(params, tokens, targets)
+    logits = gpt2.forward(params, tokens).reshape(18, 61)
+    expected = naive_losses(logits, targets.ravel()).reshape(2, 9)
+    np.testing.assert_allclose(losses, expected, rtol=1e-12)
+    np.testing.assert_allclose(gpt2.token_losses(params, tokens[1], targets[1]), losses[1])
+    loss, _ = gpt2.loss_and_grads(params, tokens, targets)
+    assert math.isclose(loss, expected.sum() / 13, rel_tol=1e-13)
+
+
+def test_loss_of_a_uniform_model_is_the_log_of_the_vocabulary():
+    params = random_params()
+    params.ln_f.g[:] = params.ln_f.b[:] = 0
+    loss, _ = gpt2.loss_and_grads(params, random_tokens(9), random_tokens(9, seed=5))
+    assert math.isclose(loss, math.log(61), rel_tol=1e-14)
+
+
+# ----------------------------------------------------------------------------------------------
+# Dtypes
+
+
+def arrays_in(tree):
+    """Yield the arrays in nested tuples and lists."""
+    if isinstance(tree, np.ndarray | np.generic):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for part in tree:
+            yield from arrays_in(part)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dtype_of_the_parameters_is_that_of_every_result(dtype):
+    params, tokens = random_params(dtype=dtype), random_tokens(2, 9)
+    kv = gpt2.KVCache(CONFIG, 2, dtype)
+    assert gpt2.forward(params, tokens).dtype == dtype
+    assert gpt2.forward(params, tokens, kv).dtype == kv.layers.dtype == dtype
+    assert gpt2.forward(params, tokens[:, :1], kv).dtype == dtype
+    caches = []
+    gpt2.transformer(params, tokens, caches=caches)
+    floats = [array for array in arrays_in(caches) if array.dtype.kind == "f"]
+    assert len(floats) > 20
+    assert {array.dtype for array in floats} == {np.dtype(dtype)}
+    loss, grads = gpt2.loss_and_grads(params, tokens, tokens)
+    assert type(loss) is float
+    assert grads.flat.dtype == dtype
+    assert gpt2.token_losses(params, tokens, tokens).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dtype_of_every_layer_and_backward_is_that_of_its_input(dtype):
+    params, grads = random_params(dtype=dtype), random_params(dtype=dtype)
+    x, p, d = normal(2, 5, 12).astype(dtype), params.h[0], grads.h[0]
+    positions, targets = np.arange(5)[None], random_tokens(10)
+    pairs = [
+        (gpt2.gelu(x), gpt2.gelu_backward),
+        (gpt2.layer_norm(x, p.ln_1), lambda *a: gpt2.layer_norm_backward(*a, p.ln_1, d.ln_1)),
+        (
+            gpt2.linear(x, p.mlp.c_fc),
+            lambda *a: gpt2.linear_backward(*a, p.mlp.c_fc, d.mlp.c_fc),
+        ),
+        (
+            gpt2.attention(x, p.attn, 3, positions),
+            lambda *a: gpt2.attention_backward(*a, p.attn, d.attn, 3),
+        ),
+        (gpt2.mlp(x, p.mlp), lambda *a: gpt2.mlp_backward(*a, p.mlp, d.mlp)),
+        (gpt2.block(x, p, 3, positions), lambda *a: gpt2.block_backward(*a, p, d, 3)),
+        (
+            gpt2.cross_entropy(gpt2.as_rows(x).repeat(6, 1), targets),
+            gpt2.cross_entropy_backward,
+        ),
+    ]
+    for (out, cache), backward in pairs:
+        assert out.dtype == dtype
+        assert backward(np.ones_like(out), cache).dtype == dtype
+    losses, dx = gpt2.head(gpt2.as_rows(x), params, targets, grads)
+    assert losses.dtype == dx.dtype == dtype
+
+
+# ----------------------------------------------------------------------------------------------
+# The KV cache
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_chunks_through_the_cache_equal_the_whole(dtype):
+    params, tokens = random_params(dtype=dtype), random_tokens(2, 16)
+    whole = gpt2.forward(params, tokens)
+
+    @PROPERTY
+    @given(st.sets(st.integers(1, 15)), st.integers(1, 16))
+    def check(cuts, n):
+        kv = gpt2.KVCache(CONFIG, 2, dtype)
+        ends = sorted(cut for cut in cuts if cut < n)
+        chunks = np.split(tokens[:, :n], ends, axis=1)
+        logits = np.concatenate([gpt2.forward(params, chunk, kv) for chunk in chunks], axis=1)
+        np.testing.assert_allclose(logits, whole[:, :n], rtol=0, atol=EPS[dtype])
+        assert kv.length.tolist() == [n, n]
+
+    check()
+
+
+def test_cache_of_one_row_continues_tokens_without_a_batch_axis():
+    params, tokens = random_params(), random_tokens(9)
+    kv = gpt2.KVCache(CONFIG, dtype=np.float64)
+    first, rest = gpt2.forward(params, tokens[:4], kv), gpt2.forward(params, tokens[4:], kv)
+    assert first.shape == (4, 61)
+    np.testing.assert_allclose(
+        np.concatenate([first, rest]), gpt2.forward(params, tokens), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_batch_row_is_what_it_is_alone(dtype):
+    params, tokens = random_params(dtype=dtype), random_tokens(4, 16)
+    logits = gpt2.forward(params, tokens)
+    for row, expected in zip(tokens, logits, strict=True):
+        alone = gpt2.forward(params, row)
+        np.testing.assert_allclose(alone, expected, rtol=0, atol=EPS[dtype])
+
+
+def test_batch_row_does_not_affect_another():
+    params, tokens = random_params(), random_tokens(3, 16)
+    logits = gpt2.forward(params, tokens)
+    tokens[1] = random_tokens(16, seed=7)
+    changed = gpt2.forward(params, tokens)
+    np.testing.assert_array_equal(changed[[0, 2]], logits[[0, 2]])
+    assert np.abs(changed[1] - logits[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("t", range(16))
+def test_later_tokens_do_not_affect_earlier_logits(t):
+    params, tokens = random_params(dtype=np.float32), random_tokens(16)
+    logits = gpt2.forward(params, tokens)
+    tokens[t] = (tokens[t] + 1) % 61
+    changed = gpt2.forward(params, tokens)
+    np.testing.assert_array_equal(changed[:t], logits[:t])  # exactly
+    assert (np.abs(changed[t:] - logits[t:]).max(-1) > 1e-4).all()  # and the later ones change
+
+
+def test_ragged_rows_equal_each_alone():
+    params, lengths = random_params(), [3, 9, 1]
+    tokens = [random_tokens(16, seed=b) for b in range(3)]
+    kv = gpt2.KVCache(CONFIG, 3, np.float64)
+    for b, n in enumerate(lengths):
+        gpt2.forward(params, tokens[b][:n], kv.row(b))
+    assert kv.length.tolist() == lengths
+    for chunk in (1, 2, 1, 3):
+        new = [row[n : n + chunk] for row, n in zip(tokens, kv.length, strict=True)]
+        before = kv.length.copy()
+        logits = gpt2.forward(params, np.array(new), kv)
+        for b, n in enumerate(before):
+            alone = gpt2.forward(params, tokens[b][: n + chunk])[n:]
+            np.testing.assert_allclose(logits[b], alone, rtol=0, atol=1e-12)
+    assert kv.length.tolist() == [10, 16, 8]
+
+
+def test_stale_keys_of_a_shortened_row_are_not_seen():
+    params, tokens = random_params(), random_tokens(2, 16)
+    kv = gpt2.KVCache(CONFIG, 2, np.float64)
+    kv.layers[:] = 1e3
+    gpt2.forward(params, tokens[:, :12], kv)
+    kv.length[0] = 2
+    logits = gpt2.forward(params, tokens[:, 12:14], kv)
+    expected = gpt2.forward(params, [*tokens[0, :2], *tokens[0, 12:14]])[2:]
+    np.testing.assert_allclose(logits[0], expected, rtol=0, atol=1e-12)
+    expected = gpt2.forward(params, tokens[1, :14])[12:]
+    np.testing.assert_allclose(logits[1], expected, rtol=0, atol=1e-12)
+
+
+def test_row_of_a_cache_shares_its_memory():
+    kv = gpt2.KVCache(CONFIG, 3)
+    row = kv.row(1)
+    assert row.layers.shape[2] == 1
+    gpt2.forward(random_params(dtype=np.float32), [1, 2, 3], row)
+    assert kv.length.tolist() == [0, 3, 0]
+    assert kv.layers[:, :, 1, :, :3].all()
+    assert not kv.layers[:, :, [0, 2]].any()
+    assert not kv.layers[:, :, 1, :, 3:].any()
+
+
+def test_copied_row_goes_on_as_its_source_and_independently():
+    params, tokens = random_params(), random_tokens(6)
+    kv = gpt2.KVCache(CONFIG, 3, np.float64)
+    gpt2.forward(params, tokens, kv.row(2))
+    kv.copy_row(2, 0)
+    assert kv.length.tolist() == [6, 0, 6]
+    gpt2.forward(params, [5, 5], kv.row(2))
+    assert kv.length.tolist() == [6, 0, 8]
+    logits = gpt2.forward(params, [7], kv.row(0))
+    expected = gpt2.forward(params, [*tokens, 7])[-1:]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-12)
+
+
+def test_cache_takes_the_bytes_it_says():
+    kv = gpt2.KVCache(CONFIG, 3)
+    assert kv.layers.nbytes == 8 * 3 * CONFIG.n_ctx * CONFIG.n_layer * CONFIG.n_embd
+    assert kv.layers.dtype == np.float32
+    assert kv.length.tolist() == [0, 0, 0]
+
+
+# ----------------------------------------------------------------------------------------------
+# Validation
+
+
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        ([3, 61], "token id 61 is outside the vocabulary of 61"),
+        ([[3], [1000]], "token id 1000 is outside the vocabulary of 61"),
+        ([3, -1], "token id -1 is outside the vocabulary of 61"),
+        ([], "tokens must be whole numbers.*found shape (0,)"),
+        (np.zeros((2, 0), int), "found shape (2, 0)"),
+        ([1.0, 2.0], "whole numbers.*dtype float64"),
+        (["a"], "whole numbers"),
+        ([True, False], "whole numbers.*dtype bool"),
+        (3, "shape (T,) or (B, T), found shape ()"),
+        (np.zeros((1, 1, 1), int), "found shape (1, 1, 1)"),
+        ([0] * 17, "position 17 exceeds n_ctx = 16"),
+    ],
+)
+def test_forward_refuses_tokens(tokens, message):
+    message = re.escape(message).replace(r"\.\*", ".*")
+    with pytest.raises(ValueError, match=message):
+        gpt2.forward(random_params(), tokens)
+    with pytest.raises(ValueError, match=message):
+        gpt2.loss_and_grads(random_params(), tokens, tokens)
+    with pytest.raises(ValueError, match=message):
+        gpt2.token_losses(random_params(), tokens, tokens)
+
+
+def test_forward_refuses_a_position_beyond_the_cache_and_leaves_it_unchanged():
+    params, kv = random_params(dtype=np.float32), gpt2.KVCache(CONFIG, 2)
+    gpt2.forward(params, random_tokens(5), kv.row(0))
+    gpt2.forward(params, random_tokens(10), kv.row(1))
+    with pytest.raises(ValueError, match=r"position 17 exceeds n_ctx = 16"):
+        gpt2.forward(params, random_tokens(2, 7), kv)
+    assert kv.length.tolist() == [5, 10]
+    gpt2.forward(params, random_tokens(2, 6), kv)
+    assert kv.length.tolist() == [11, 16]
+
+
+def test_forward_refuses_a_cache_of_another_batch_size():
+    with pytest.raises(ValueError, match=r"2 rows of tokens, but the KV cache has 3"):
+        gpt2.forward(random_params(), random_tokens(2, 4), gpt2.KVCache(CONFIG, 3))
+
+
+@pytest.mark.parametrize("function", [gpt2.loss_and_grads, gpt2.token_losses])
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        ([1, 2], r"targets of shape \(2,\) for tokens of shape \(3,\)"),
+        ([[1, 2, 3]], r"targets of shape \(1, 3\) for tokens of shape \(3,\)"),
+        ([1.0, 2.0, 3.0], r"targets"),
+        ([1, 2, 61], r"target 61 is outside the vocabulary of 61"),
+        ([1, 2, -2], r"target -2 is outside the vocabulary of 61"),
+        ([-1, -1, -1], r"every target is -1"),
+    ],
+)
+def test_loss_refuses_targets(function, targets, message):
+    with pytest.raises(ValueError, match=message):
+        function(random_params(), [4, 5, 6], targets)
+
+
+BAD_SAMPLING = [
+    ({"temperature": -0.1}, r"temperature = -0.1 is not a finite number of 0 or more"),
+    ({"temperature": math.inf}, r"temperature = inf"),
+    ({"temperature": math.nan}, r"temperature = nan"),
+    ({"top_k": 0}, r"top_k = 0 is not 1 or more"),
+    ({"top_k": -3}, r"top_k = -3"),
+    ({"top_p": 0.0}, r"top_p = 0.0 is not over 0 and at most 1"),
+    ({"top_p": 1.01}, r"top_p = 1.01"),
+    ({"top_p": math.nan}, r"top_p = nan"),
+    ({"repetition_penalty": 0.0}, r"repetition_penalty = 0.0 is not a finite number over 0"),
+    ({"repetition_penalty": -1.0}, r"repetition_penalty = -1.0"),
+    ({"repetition_penalty": math.inf}, r"repetition_penalty = inf"),
+    ({"repetition_penalty": math.nan}, r"repetition_penalty = nan"),
+]
+
+
+@pytest.mark.parametrize("sampling, message", BAD_SAMPLING)
+def test_generate_refuses_sampling_parameters_when_called(sampling, message):
+    with pytest.raises(ValueError, match=message):
+        gpt2.generate(random_params(), [1], 1, **sampling)
+
+
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        ([0] * 17, r"prompt of 17 tokens exceeds n_ctx = 16"),
+        ([[1], [0] * 40], r"prompt of 40 tokens exceeds n_ctx = 16"),
+        ([1, 61], r"token id 61 is outside the vocabulary of 61"),
+        ([[1, 2], [-1]], r"token id -1 is outside the vocabulary of 61"),
+        ([1.5], r"whole numbers"),
+    ],
+)
+def test_generate_refuses_prompts_when_called(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        gpt2.generate(random_params(), tokens, 1)
+
+
+def test_generate_refuses_an_empty_prompt_without_end_of_text():
+    with pytest.raises(ValueError, match=r"token id -1 is outside the vocabulary"):
+        gpt2.generate(random_params(), [], 1, eot=-1)
+
+
+# ----------------------------------------------------------------------------------------------
+# Sampling
+
+
+class FakeRng:
+    """Gives the numbers it is told to, over and over."""
+
+    def __init__(self, *numbers):
+        self.numbers, self.calls = numbers, 0
+
+    def random(self):
+        self.calls += 1
+        return self.numbers[(self.calls - 1) % len(self.numbers)]
+
+
+ALMOST_ONE = 1 - 2.0**-53  # the largest that Generator.random() can give
+
+
+def frequencies(logits, n_draws=4000, **sampling):
+    """How often each id is drawn, over numbers spread evenly: within 1 / n_draws of its chance."""
+    rng = FakeRng(*((i + 0.5) / n_draws for i in range(n_draws)))
+    drawn = [gpt2.sample(logits, rng, **sampling) for _ in range(n_draws)]
+    return np.bincount(drawn, minlength=len(logits)) / n_draws
+
+
+def reference_probs(logits, temperature, top_k=None, top_p=None):
+    """The probabilities that `sample` should draw from, one id at a time."""
+    order = sorted(range(len(logits)), key=lambda id: (-logits[id], id))[:top_k]
+    top = max(logits)
+    weights = {id: math.exp((float(logits[id]) - top) / temperature) for id in order}
+    total = sum(weights.values())
+    if top_p is not None:
+        kept, mass = {}, 0.0
+        for id in order:
+            if mass >= top_p * total * (1 - 1e-15):
+                break
+            kept[id] = weights[id]
+            mass += weights[id]
+        weights, total = kept, mass
+    return np.array([weights.get(id, 0) / total for id in range(len(logits))])
+
+
+def test_sample_at_temperature_0_is_argmax_and_draws_nothing():
+    rng = FakeRng(0.5)
+    logits = normal(61).astype(np.float32)
+    found = gpt2.sample(logits, rng, 0.0, top_k=5, top_p=0.5)
+    assert found == logits.argmax()
+    assert type(found) is int
+    assert rng.calls == 0
+    assert gpt2.sample(np.array([1.0, 7.0, 7.0]), rng) == 1  # of equal ones the first
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.3},
+        {"temperature": 5.0},
+        {"temperature": 1.0, "top_k": 4},
+        {"temperature": 1.0, "top_k": 100},
+        {"temperature": 1.0, "top_p": 0.7},
+        {"temperature": 2.0, "top_p": 0.05},
+        {"temperature": 0.7, "top_p": 1.0},
+        {"temperature": 1.3, "top_k": 6, "top_p": 0.8},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sample_frequencies_are_the_probabilities(sampling, dtype):
+    logits = (2 * normal(12)).astype(dtype)
+    expected = reference_probs(logits, **sampling)
+    found = frequencies(logits, **sampling)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1.01 / 4000)
+    assert not found[expected == 0].any()
+
+
+def test_sample_from_a_generator_fits_the_probabilities():
+    logits, rng, n_draws = normal(10), np.random.default_rng(0), 20000
+    expected = n_draws * reference_probs(logits, 0.8)
+    drawn = [gpt2.sample(logits, rng, 0.8) for _ in range(n_draws)]
+    chi_square = ((np.bincount(drawn, minlength=10) - expected) ** 2 / expected).sum()
+    assert chi_square < 27.9  # 9 degrees of freedom: exceeded once in a thousand seeds
+
+
+@pytest.mark.parametrize("number", [0.0, 0.3, ALMOST_ONE])
+def test_sample_with_top_k_1_is_argmax_even_of_equal_logits(number):
+    logits = np.array([1.0, 3.0, 3.0, 2.0, 3.0], np.float32)
+    assert gpt2.sample(logits, FakeRng(number), 1.0, top_k=1) == 1
+    assert gpt2.sample(logits, FakeRng(number), 1.0, top_k=2) in (1, 2)
+    assert gpt2.sample(logits, FakeRng(number), 1.0, top_p=1e-9) == 1
+
+
+@pytest.mark.parametrize(
+    "top_p, kept",
+    [
+        (0.01, [3]),
+        (0.5, [3]),
+        (0.5001, [1, 3]),
+        (0.75, [1, 3]),
+        (0.76, [0, 1, 3]),
+        (0.875, [0, 1, 3]),
+        (0.99, [0, 1, 2, 3]),
+        (1.0, [0, 1, 2, 3]),
+    ],
+)
+def test_sample_top_p_keeps_the_fewest_that_reach_it(top_p, kept):
+    logits = np.log([0.125, 0.25, 0.125, 0.5, 1e-300])  # 0 and 2 are equal: the first goes first
+    found = frequencies(logits, temperature=1.0, top_p=top_p)
+    assert np.flatnonzero(found).tolist() == kept
+
+
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 5}, {"top_p": 1.0}, {"top_k": 4, "top_p": 0.9}])
+@pytest.mark.parametrize("number", [0.0, 5e-324, 0.5, ALMOST_ONE])
+def test_sample_never_gives_an_id_of_probability_zero(sampling, number):
+    for logits in (
+        [-1e4, 0.0, -1e4, 1.0, -1e4],  # zeros at both ends
+        [0.0, -1e4, -1e4, -1e4, 0.0],
+        [-2000.0, -1000.0, 0.0, -1000.0, -2000.0],
+    ):
+        id = gpt2.sample(np.array(logits, np.float32), FakeRng(number), 1.0, **sampling)
+        assert logits[id] > -500
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, ALMOST_ONE])
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-300, 5e-324])
+def test_sample_at_a_tiny_temperature_is_argmax(temperature, number):
+    logits = normal(61).astype(np.float32)
+    assert gpt2.sample(logits, FakeRng(number), temperature) == logits.argmax()
+    assert gpt2.sample(logits, FakeRng(number), temperature, 7, 0.9) == logits.argmax()
+
+
+def test_sample_at_a_huge_temperature_is_uniform():
+    found = frequencies(1e4 * normal(8).astype(np.float32), temperature=1e30)
+    np.testing.assert_allclose(found, 1 / 8, atol=1.01 / 4000)
+
+
+def test_sample_numbers_at_the_ends_give_the_first_and_the_last():
+    logits = np.zeros(5, np.float32)
+    assert gpt2.sample(logits, FakeRng(0.0), 1.0) == 0
+    assert gpt2.sample(logits, FakeRng(ALMOST_ONE), 1.0) == 4
+    assert gpt2.sample(logits, FakeRng(1.0), 1.0) == 4  # if rounding should ever make it 1
+    big = np.zeros(50257, np.float32)
+    assert gpt2.sample(big, FakeRng(ALMOST_ONE), 1.0) == 50256
+
+
+def test_sample_leaves_the_logits_as_they_were():
+    logits = normal(61)
+    gpt2.sample(logits, FakeRng(0.5), 0.7, top_k=9, top_p=0.9)
+    np.testing.assert_array_equal(logits, normal(61))
+
+
+def test_penalise_makes_each_seen_id_less_probable_once():
+    logits = np.array([2.0, -2.0, 0.0, 4.0], np.float32)
+    found = gpt2.penalise(logits, [0, 1, 2, 0, 0], 2.0)
+    np.testing.assert_array_equal(found, np.array([1, -4, 0, 4], np.float32))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(logits, [2, -2, 0, 4])
+
+
+# ----------------------------------------------------------------------------------------------
+# Generation
+
+
+def reference_generate(params, prompt, n_tokens, choose=np.argmax, eot=-1):
+    """What `generate` should give, without a cache: every step reads the whole window anew."""
+    n_ctx = params.config.n_ctx
+    window, history, out = list(prompt), list(prompt), []
+    while len(out) < n_tokens:
+        id = int(choose(gpt2.forward(params, window)[-1]))
+        if id == eot:
+            break
+        out.append(id)
+        history.append(id)
+        window.append(id)
+        if len(window) > n_ctx:
+            window = window[-max(n_ctx // 2, 1) :]
+    return out
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_generate_greedy_equals_argmax_of_repeated_forwards(dtype):
+    params, prompt = random_params(dtype=dtype), [5, 9, 2]
+    expected = reference_generate(params, prompt, 10)
+    found = list(gpt2.generate(params, prompt, 10, eot=-1))
+    assert found == expected
+    assert len(set(found)) > 3  # not a model that always says the same
+    assert {type(id) for id in found} == {int}
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 2, 5])
+def test_generate_gives_n_tokens(n_tokens):
+    params = random_params()
+    assert len(list(gpt2.generate(params, [1], n_tokens, eot=-1))) == n_tokens
+    found = list(gpt2.generate(params, [[1], [2, 3]], n_tokens, eot=-1))
+    assert len(found) == n_tokens
+    assert all(len(ids) == 2 for ids in found)
+
+
+def test_generate_is_lazy_and_reads_no_token_in_vain(monkeypatch):
+    counts = []
+    transformer = gpt2.transformer
+
+    def counting(params, tokens, kv=None, caches=None):
+        counts.append(tokens.size)
+        return transformer(params, tokens, kv, caches)
+
+    monkeypatch.setattr(gpt2, "transformer", counting)
+    ids = gpt2.generate(random_params(), [5, 9, 2], 4, eot=-1)
+    assert counts == []
+    next(ids)
+    assert counts == [3]
+    list(ids)
+    assert counts == [3, 1, 1, 1]
+
+
+def test_generate_ends_before_end_of_text():
+    params, prompt = random_params(), [5, 9, 2]
+    free = reference_generate(params, prompt, 12)
+    eot = free[6]
+    first = free.index(eot)
+    assert list(gpt2.generate(params, prompt, 12, eot=eot)) == free[:first]
+    assert list(gpt2.generate(params, prompt, 12, eot=free[0])) == []
+
+
+def test_generate_takes_the_last_id_for_end_of_text():
+    params = random_params()
+    params.wte[60] = 0
+    params.ln_f.g[:] = 0
+    params.ln_f.b[:] = 1
+    params.wte[60] = 10  # now every next token is 60
+    assert list(gpt2.generate(params, [1, 2], 5)) == []
+    assert list(gpt2.generate(params, [1, 2], 5, eot=3)) == [60] * 5
+    assert list(gpt2.generate(params, [60, 60], 2, eot=-1)) == [60] * 2
+
+
+def test_generate_goes_on_after_a_prompt_that_ends_with_end_of_text():
+    params = random_params()
+    expected = reference_generate(params, [4, 60], 5)
+    assert 60 not in expected
+    assert list(gpt2.generate(params, [4, 60], 5)) == expected
+
+
+@pytest.mark.parametrize("eot", [None, 7])
+def test_generate_from_an_empty_prompt_starts_from_end_of_text(eot):
+    params, start = random_params(), 60 if eot is None else eot
+    expected = reference_generate(params, [start], 6, eot=start)
+    assert list(gpt2.generate(params, [], 6, eot=eot)) == expected
+    assert list(gpt2.generate(params, np.array([], int), 6, eot=eot)) == expected
+    assert [ids for [ids] in gpt2.generate(params, [[]], 6, eot=eot)] == expected
+
+
+PROMPTS = [[5, 9, 2], [1], [7] * 14, [], [5, 9, 2], list(range(16))]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 1.0, "seed": 3},
+        {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "seed": 4, "repetition_penalty": 1.3},
+    ],
+    ids=["greedy", "sampled", "all options"],
+)
+def test_generate_of_a_batch_gives_what_each_prompt_gives_alone(sampling):
+    params, n_tokens = random_params(), 40  # far past n_ctx, each row at its own time
+    steps = list(gpt2.generate(params, PROMPTS, n_tokens, eot=60, **sampling))
+    for b, prompt in enumerate(PROMPTS):
+        own = dict(sampling)
+        if "seed" in sampling:
+            own["seed"] += b
+        alone = list(gpt2.generate(params, prompt, n_tokens, eot=60, **own))
+        row = [ids[b] for ids in steps]
+        assert row[: len(alone)] == alone
+        assert row[len(alone) :] == [60] * (len(row) - len(alone))
+
+
+def test_generate_of_a_batch_ends_when_all_rows_have_ended():
+    params = random_params()
+    free = [reference_generate(params, prompt, 12) for prompt in ([5, 9, 2], [1])]
+    eot = next(id for id in free[0] if id in free[1]) if set(free[0]) & set(free[1]) else free[0][2]
+    alone = [list(gpt2.generate(params, prompt, 12, eot=eot)) for prompt in ([5, 9, 2], [1])]
+    steps = list(gpt2.generate(params, [[5, 9, 2], [1]], 12, eot=eot))
+    assert len(steps) == max(map(len, alone))
+
+
+def test_generate_reads_equal_prompts_once(monkeypatch):
+    counts = []
+    transformer = gpt2.transformer
+
+    def counting(params, tokens, kv=None, caches=None):
+        counts.append(tokens.shape)
+        return transformer(params, tokens, kv, caches)
+
+    monkeypatch.setattr(gpt2, "transformer", counting)
+    prompts = [[5, 9, 2], [1, 1], [5, 9, 2], [5, 9, 2]]
+    list(gpt2.generate(random_params(), prompts, 2, eot=-1))
+    assert counts == [(1, 3), (1, 2), (4, 1)]
+
+
+def test_generate_repeats_itself_for_a_seed_and_only_for_it():
+    params = random_params()
+
+    def ids(seed):
+        return list(gpt2.generate(params, [5, 9], 12, temperature=1.0, seed=seed, eot=-1))
+
+    assert ids(1) == ids(1)
+    assert ids(1) != ids(2)
+    assert ids(None) != ids(None)  # equal once in more than 1e10 runs
+
+
+def test_generate_samples_of_a_batch_differ():
+    steps = list(gpt2.generate(random_params(), [[5]] * 4, 12, temperature=1.0, seed=0, eot=-1))
+    assert len(set(zip(*steps, strict=True))) == 4
+
+
+def test_generate_draws_as_sample_does_from_forwards():
+    params, prompt, n_tokens = random_params(), [5, 9, 2], 30
+    rng = np.random.default_rng(11)
+    expected = reference_generate(
+        params, prompt, n_tokens, lambda logits: gpt2.sample(logits, rng, 1.2, 30, 0.9)
+    )
+    found = gpt2.generate(
+        params, prompt, n_tokens, temperature=1.2, top_k=30, top_p=0.9, seed=11, eot=-1
+    )
+    assert list(found) == expected
+
+
+def test_generate_penalises_the_whole_history():
+    params, prompt = random_params(), [5, 9, 2]
+    history, expected = list(prompt), []
+    for _ in range(12):
+        logits = gpt2.forward(params, history)[-1]
+        for id in set(history):
+            logits[id] = logits[id] / 3 if logits[id] > 0 else logits[id] * 3
+        expected.append(int(logits.argmax()))
+        history.append(expected[-1])
+    found = list(gpt2.generate(params, prompt, 12, repetition_penalty=3.0, eot=-1))
+    assert found == expected
+    assert found != reference_generate(params, prompt, 12)
+
+
+@pytest.mark.parametrize("n_ctx", [1, 2, 3, 4, 5, 16])
+@pytest.mark.parametrize("n_prompt", [1, 2, 15, 16])
+def test_generate_past_n_ctx_goes_on_from_the_last_half_of_the_window(n_ctx, n_prompt):
+    params = random_params(utils.Config(61, n_ctx, 12, 3, 2))
+    prompt = random_tokens(min(n_prompt, n_ctx)).tolist()
+    expected = reference_generate(params, prompt, 45)
+    assert list(gpt2.generate(params, prompt, 45, eot=-1)) == expected
+
+
+def test_generate_leaves_the_prompts_as_they_were():
+    params, one, several = random_params(), [5, 9, 2], [[5], [9, 2]]
+    list(gpt2.generate(params, one, 5, eot=-1))
+    list(gpt2.generate(params, several, 5, eot=-1))
+    assert one == [5, 9, 2]
+    assert several == [[5], [9, 2]]
+
+
+def test_generate_takes_arrays_and_numpy_scalars():
+    params = random_params(dtype=np.float32)
+    expected = list(gpt2.generate(params, [5, 9], 5, 0.5, 20, 0.9, 3, 1.5, eot=-1))
+    numbers = (np.int64(5), np.float64(0.5), np.int64(20), np.float32(0.9), np.int64(3))
+    for tokens in (np.array([5, 9]), np.array([5, 9], np.uint16), (5, 9), [np.int32(5), 9]):
+        found = gpt2.generate(params, tokens, *numbers, np.float64(1.5), eot=np.int64(-1))
+        assert list(found) == expected
+    found = gpt2.generate(params, np.array([[5, 9], [5, 9]]), *numbers, np.float64(1.5), eot=-1)
+    assert [ids[0] for ids in found] == expected
+
+
+def test_generate_computes_in_the_dtype_of_the_parameters(monkeypatch):
+    dtypes = set()
+    sample = gpt2.sample
+
+    def noting(logits, *args):
+        dtypes.add(logits.dtype)
+        return sample(logits, *args)
+
+    monkeypatch.setattr(gpt2, "sample", noting)
+    for dtype in (np.float32, np.float64):
+        dtypes.clear()
+        list(gpt2.generate(random_params(dtype=dtype), [5], 3, repetition_penalty=1.1, eot=-1))
+        assert dtypes == {np.dtype(dtype)}
+
+
+# ----------------------------------------------------------------------------------------------
+# Text as it is made
+
+EOT = 259
+TOKENS = [*(bytes([byte]) for byte in range(256)), b" t", b"he", b" the", b"<|endoftext|>"]
+ENC = encoder.Encoder(TOKENS, EOT)
+
+
+def stream_text(ids, stops=(), enc=ENC):
+    """Feed ids as the CLI does; return the texts that came, joined, and whether a stop was met."""
+    stream, out = gpt2.TextStream(enc, stops), ""
+    for id in ids:
+        out += stream.feed(id)
+        if stream.done:
+            return out, True
+    return out + stream.flush(), False
+
+
+def test_stream_shows_text_as_it_is_made():
+    stream = gpt2.TextStream(ENC)
+    assert [stream.feed(id) for id in ENC.encode("a the b")] == ["a", " the", " ", "b"]
+    assert not stream.done
+    assert stream.flush() == ""
+    assert stream.done
+
+
+def test_stream_holds_back_incomplete_characters():
+    stream = gpt2.TextStream(ENC)
+    texts = [stream.feed(byte) for byte in "é€😀".encode()]
+    assert texts == ["", "é", "", "", "€", "", "", "", "😀"]
+    assert stream.feed(0xC3) == ""
+    assert stream.flush() == "\ufffd"
+
+
+def test_stream_ends_at_end_of_text_with_what_was_held():
+    stream = gpt2.TextStream(ENC, ["abc"])
+    assert [stream.feed(id) for id in b"xab"] == ["x", "", ""]
+    assert stream.feed(EOT) == "ab"
+    assert stream.done
+
+
+def test_stream_without_end_of_text_id_decodes_every_token():
+    assert stream_text([65, EOT], enc=encoder.Encoder(TOKENS)) == ("A<|endoftext|>", False)
+
+
+@pytest.mark.parametrize(
+    "text, stops, expected",
+    [
+        ("one\ntwo", ["\n"], "one"),
+        ("say the end", ["the"], "say "),  # within the token " the"
+        ("say the end", [" the end"], "say"),  # over several tokens
+        ("aab", ["ab"], "a"),
+        ("aaab", ["aab"], "a"),
+        ("ababac", ["abac"], "ab"),
+        ("abcabd", ["abd", "bca"], "a"),
+        ("no stop", ["xyz"], "no stop"),
+        ("almos", ["most", "lmost"], "almos"),
+        ("x", ["x"], ""),
+        ("é€", ["€"], "é"),
+        ("abcd", ["abcd", "bc"], "a"),  # bc is whole before abcd is
+        (" the", [" the", "h"], " t"),  # also if both come in one token
+        ("abcd", ["bcd", "abcd"], ""),  # whole at once: the one that begins first
+    ],
+)
+def test_stream_ends_before_a_stop_text(text, stops, expected):
+    assert stream_text(ENC.encode(text), stops) == (expected, expected != text)
+
+
+TEXTS = st.text("abé€", max_size=12)
+
+
+def test_stream_result_does_not_depend_on_the_tokens():
+    @PROPERTY
+    @given(TEXTS, st.lists(st.text("abé", min_size=1, max_size=4)), st.data())
+    def check(text, stops, data):
+        starts = []  # of the stops that are whole first
+        for end in range(len(text) + 1):
+            starts = starts or [text.index(stop) for stop in stops if stop in text[:end]]
+        expected = text[: min(starts)] if starts else text
+        raw = text.encode()
+        cuts = sorted(data.draw(st.sets(st.integers(0, len(raw)))))
+        pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+        enc = encoder.Encoder([*pieces, b"<|endoftext|>"], len(pieces))
+        assert stream_text(range(len(pieces)), stops, enc) == (expected, bool(starts))
+
+    check()
+
+
+def test_stream_shows_whatever_can_be_no_stop():
+    @PROPERTY
+    @given(st.text("ab", max_size=12), st.text("ab", min_size=1, max_size=4))
+    def check(text, stop):
+        stream, out = gpt2.TextStream(ENC, [stop]), ""
+        for n, byte in enumerate(text.encode(), 1):
+            out += stream.feed(byte)
+            if stream.done:
+                return
+            held = text[len(out) : n]
+            assert stop.startswith(held)
+            longer = [text[i:n] for i in range(len(out)) if stop.startswith(text[i:n])]
+            assert not longer
+
+    check()
+
+
+@pytest.mark.parametrize(
+    "text, stop, n",
+    [("", "ab", 0), ("xa", "ab", 1), ("ab", "ab", 2), ("aba", "aba", 3), ("xy", "ab", 0)],
+)
+def test_overlap_is_the_longest_end_that_begins_the_stop(text, stop, n):
+    assert gpt2.overlap(text, stop) == n
+
+
+# ----------------------------------------------------------------------------------------------
+# The command line
+
+
+def save_model(folder, params, tokens=TOKENS, eot=EOT):
+    folder.mkdir(parents=True, exist_ok=True)
+    utils.save_params(folder / "model.bin", params)
+    utils.save_tokenizer(folder / "tokenizer.bin", tokens, eot)
+    return folder
+
+
+def script_model(folder, script, n_ctx=64):
+    """Write a model that knows a text by heart: after position t comes token t + 1 of the script.
+
+    The branches add nothing, and the position's embedding, which is that of the token to come,
+    outweighs the token's own.
+    """
+    params = utils.Params(utils.Config(len(TOKENS), n_ctx, 64, 2, 1))
+    wte = normal(len(TOKENS), 64)
+    wte -= wte.mean(-1, keepdims=True)
+    params.wte[:] = 10 * wte / np.linalg.norm(wte, axis=-1, keepdims=True)
+    ids = [*ENC.encode(script), EOT]
+    params.wpe[: len(ids) - 1] = 100 * params.wte[ids[1:]]
+    params.ln_f.g[:] = 1
+    return save_model(folder, params)
+
+
+@pytest.fixture
+def random_model(tmp_path):
+    """The folder of a model that makes noise."""
+    params = random_params(utils.Config(260, 32, 12, 3, 2), np.float32, scale=0.5)
+    return save_model(tmp_path / "noise", params)
+
+
+STORY = "The cat sat on the mat.\nThe end. é€😀!"
+
+
+@pytest.fixture
+def cat(tmp_path):
+    """The folder of a model that goes on with STORY."""
+    return script_model(tmp_path / "cat", STORY)
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """`cli(*args, stdin="")` runs main in this process; returns standard output and error."""
+
+    def command(*args, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        gpt2.main(list(map(str, args)))
+        out, err = capsys.readouterr()
+        return out, err
+
+    return command
+
+
+def test_cli_writes_the_generated_text_and_nothing_else(cat, run):
+    done = run("gpt2.py", "The cat", "--model", cat, env={**os.environ, "PYTHONUTF8": "1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == STORY.removeprefix("The cat") + "\n"
+
+
+def test_cli_finds_a_model_by_its_name_in_models_dir(cat, cli):
+    out, err = cli("The", "--model", "cat", "--models_dir", cat.parent, "--n_tokens", 4)
+    assert (out, err) == (" cat\n", "")
+
+
+def test_cli_takes_the_path_of_a_model_bin(cat, cli):
+    assert cli("The", "--model", cat / "model.bin", "--n_tokens", 4) == (" cat\n", "")
+
+
+def test_cli_stops_at_a_text_over_token_borders(cat, cli):
+    assert cli("The cat", "--model", cat, "--stop", "on the")[0] == " sat \n"
+    out, _ = cli("The cat", "--model", cat, "--stop", "mat", "--stop", "he m", "--stop", "zzz")
+    assert out == " sat on t\n"
+
+
+def test_cli_stats_go_to_standard_error(cat, cli):
+    out, err = cli("The cat", "--model", cat, "--n_tokens", 5, "--stats")
+    assert out == " sat \n"
+    pattern = (
+        r"prefill: 6 tokens in \d+\.\d+ s, [\d.]+ tokens/s; "
+        r"decode: 4 tokens in \d+\.\d+ s, [\d.]+ tokens/s\n"
+    )
+    assert re.fullmatch(pattern, err)
+    _, err = cli("The cat", "--model", cat, "--n_tokens", 1, "--stats")
+    assert re.fullmatch(r"prefill: 6 tokens in \d+\.\d+ s, [\d.]+ tokens/s\n", err)
+
+
+def test_cli_writes_n_samples(cat, random_model, cli):
+    out, err = cli("The cat", "--model", cat, "--n_samples", 3, "--stop", ".")
+    assert out == " sat on the mat\n" * 3
+    assert err.count("sample") == 3
+    sampling = ("x", "--model", random_model, "--temperature", 1, "--n_tokens", 8)
+    out, _ = cli(*sampling, "--seed", 5, "--n_samples", 3)
+    alone = [cli(*sampling, "--seed", seed)[0] for seed in (5, 6, 7)]
+    assert out == "".join(alone)
+    assert len(set(alone)) == 3
+
+
+def test_cli_reads_the_prompt_from_standard_input(cat, run):
+    done = run("gpt2.py", "-", "--model", cat, "--n_tokens", 4, input="The cat")
+    assert (done.returncode, done.stdout, done.stderr) == (0, " sat\n", "")
+
+
+def test_cli_interactive_reads_lines_until_the_end_of_input(cat, cli):
+    stdin = "The cat\nThe cat sat\r\n\nThe"  # the third is empty: it starts from end-of-text
+    out, err = cli("--interactive", "--model", cat, "--n_tokens", 4, stdin=stdin)
+    assert (out, err) == (" sat\n on the\nhe ca\n cat\n", "")
+    out, _ = cli("The", "--interactive", "--model", cat, "--n_tokens", 4, stdin="The cat")
+    assert out == " cat\n sat\n"
+    assert cli("--interactive", "--model", cat) == ("", "")
+
+
+def test_cli_seed_makes_samples_repeatable(random_model, cli):
+    args = ("x", "--model", random_model, "--temperature", 1, "--n_tokens", 12)
+    first = cli(*args, "--seed", 1)
+    assert cli(*args, "--seed", 1) == first
+    assert cli(*args, "--seed", 2) != first
+
+
+def test_cli_without_a_prompt_starts_from_end_of_text(cat, cli):
+    out, _ = cli("--model", cat, "--n_tokens", 3)
+    assert out == ENC.decode(ENC.encode(STORY)[1:4]) + "\n"
+
+
+def test_cli_sampling_flags_reach_generate(cat, cli, monkeypatch):
+    seen = {}
+
+    def generate(params, tokens, n_tokens, **sampling):
+        seen.update(sampling, tokens=tokens, n_tokens=n_tokens)
+        return iter(())
+
+    monkeypatch.setattr(gpt2, "generate", generate)
+    flags = "--temperature 0.7 --top_k 9 --top_p 0.8 --repetition_penalty 1.2 --seed 4 --n_tokens 6"
+    assert cli("The", "--model", cat, *flags.split()) == ("\n", "")
+    assert seen == {
+        "tokens": [ENC.encode("The")],
+        "n_tokens": 6,
+        "temperature": 0.7,
+        "top_k": 9,
+        "top_p": 0.8,
+        "repetition_penalty": 1.2,
+        "seed": 4,
+        "eot": EOT,
+    }
+
+
+@pytest.mark.parametrize("prompt", ["é€😀", "\u4e2d\u6587", "\ud800", "a\x00b", "\r\n\t "])
+def test_cli_takes_any_prompt(prompt, cat, cli):
+    out, err = cli(prompt, "--model", cat, "--n_tokens", 1)
+    assert err == ""
+    assert out
+
+
+def test_cli_output_cannot_crash_a_console_of_few_characters(cat, random_model, run):
+    env = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    done = run("gpt2.py", "The cat", "--model", cat, env=env, encoding="cp1252")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("The end. é€?!\n")
+    args = ("--model", random_model, "--temperature", 1, "--seed", 0, "--n_samples", 4)
+    done = run("gpt2.py", "x", *args, env=env, encoding="cp1252")
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--temperature", "-1"], "argument --temperature = -1.0 is not a finite number"),
+        (["--temperature", "nan"], "argument --temperature = nan"),
+        (["--temperature", "hot"], "argument --temperature: invalid float value: 'hot'"),
+        (["--top_p", "0"], "argument --top_p = 0.0 is not over 0 and at most 1"),
+        (["--top_p", "1.5"], "argument --top_p = 1.5"),
+        (["--top_k", "0"], "argument --top_k = 0 is not 1 or more"),
+        (["--top_k", "1.5"], "argument --top_k: invalid int value: '1.5'"),
+        (["--repetition_penalty", "0"], "argument --repetition_penalty = 0.0"),
+        (["--n_tokens", "0"], "argument --n_tokens: '0' is not a whole number of 1 or more"),
+        (["--n_tokens", "-3"], "argument --n_tokens: "),
+        (["--n_tokens", "many"], "argument --n_tokens: "),
+        (["--n_samples", "0"], "argument --n_samples: "),
+        (["--seed", "-1"], "argument --seed: -1 is negative"),
+        (["--stop", ""], "argument --stop: "),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+    ],
+    ids=" ".join,
+)
+def test_cli_refuses_a_bad_argument_in_one_line(args, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        gpt2.main(["x", *args])
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2
+    assert out == ""
+    assert err.startswith(f"gpt2.py: error: {message}")
+    assert err.count("\n") == 1
+
+
+def assert_fails(done, status, *fragments):
+    """One line on standard error with these fragments, nothing on standard output."""
+    assert done.returncode == status
+    assert done.stdout == ""
+    assert done.stderr.startswith("gpt2.py: error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    for fragment in fragments:
+        assert str(fragment) in done.stderr
+
+
+def test_cli_prompt_too_long_is_one_line(cat, run):
+    done = run("gpt2.py", "x" * 65, "--model", cat)
+    assert_fails(done, 2, "prompt of 65 tokens exceeds n_ctx = 64")
+
+
+def test_cli_prompt_may_fill_the_window(cat, cli):
+    assert cli("x" * 64, "--model", cat, "--n_tokens", 3)[1] == ""
+
+
+def test_cli_missing_model_is_one_line(tmp_path, run):
+    done = run("gpt2.py", "x", "--model", "nonesuch", "--models_dir", tmp_path)
+    assert_fails(done, 1, "no model nonesuch", tmp_path, "124M")
+
+
+def test_cli_without_network_says_so(tmp_path, run):
+    env = {**os.environ, "GPT2_BASE_URL": "http://127.0.0.1:9", "NO_PROXY": "*", "no_proxy": "*"}
+    done = run("gpt2.py", "x", "--models_dir", tmp_path, env=env)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("gpt2.py: error: http://127.0.0.1:9/124M/")
+    assert not (tmp_path / "124M" / "model.bin").exists()
+
+
+def test_cli_names_a_damaged_model(cat, run):
+    path = cat / "model.bin"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert_fails(run("gpt2.py", "x", "--model", cat), 1, path, "bytes")
+    path.write_bytes(b"<html>" * 300)
+    assert_fails(run("gpt2.py", "x", "--model", cat), 1, path, "magic number")
+
+
+def test_cli_names_a_damaged_or_missing_tokenizer(cat, run):
+    path = cat / "tokenizer.bin"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert_fails(run("gpt2.py", "x", "--model", cat), 1, path)
+    path.unlink()
+    assert_fails(run("gpt2.py", "x", "--model", cat), 1, cat)
+
+
+def test_cli_refuses_a_tokenizer_larger_than_the_model(tmp_path, run):
+    folder = save_model(tmp_path / "odd", random_params(dtype=np.float32))
+    done = run("gpt2.py", "x", "--model", folder)
+    assert_fails(done, 1, folder, "the tokenizer has 260 tokens, the model only 61")
+
+
+def test_cli_help_shows_defaults(capsys):
+    with pytest.raises(SystemExit) as exit:
+        gpt2.main(["--help"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0
+    for flag in ("--n_tokens", "--temperature", "--top_k", "--stop", "--interactive", "--stats"):
+        assert flag in out
+    assert "default: 40" in out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error there")
+def test_cli_closed_output_shows_no_traceback(random_model):
+    args = ["x", "--model", str(random_model), "--n_tokens", "3000"]
+    root = os.path.dirname(gpt2.__file__)
+    command = subprocess.Popen(
+        [sys.executable, os.path.join(root, "gpt2.py"), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    command.stdout.read(1)
+    command.stdout.close()
+    err = command.stderr.read().decode()
+    command.stderr.close()
+    command.wait(60)
+    assert "Traceback" not in err
+    assert "Exception ignored" not in err
+
+
+def test_load_maps_the_model_read_only(cat):
+    params = gpt2.load(cat)
+    assert not params.flat.flags.writeable
+    assert params.config.n_ctx == 64
+    params = gpt2.load("cat", models_dir=cat.parent)
+    np.testing.assert_array_equal(params.flat, gpt2.load(cat / "model.bin").flat)
+    loss, grads = gpt2.loss_and_grads(params, [1, 2], [2, 3])
+    assert math.isfinite(loss)
+    assert grads.flat.flags.writeable
+
+
+def test_load_refuses_an_unknown_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model nonesuch"):
+        gpt2.load("nonesuch", tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------
+# Reference values of PyTorch, Hugging Face, llm.c and OpenAI's own code
+
+
+def golden(path, dtype):
+    """Return the reference file, its parameters and its gradients, in a dtype."""
+    file = np.load(path)
+    config = utils.Config(**json.loads(str(file["config"])))
+    both = []
+    for kind in ("param", "grad"):
+        both.append(utils.Params(config, np.zeros(utils.n_params(config), dtype)))
+        for name, array in both[-1].named.items():
+            value = file[f"{kind}:{name}"]
+            array[...] = value.T if name.endswith("/w") else value
+    return file, *both
+
+
+def assert_close_tensors(grads, expected, tolerance):
+    """Every tensor within `tolerance` of its norm."""
+    for name, array in expected.named.items():
+        error = np.linalg.norm(grads.named[name] - array.astype(np.float64))
+        assert error <= tolerance * np.linalg.norm(array), name
+
+
+def test_golden_logits_of_pytorch(shared):
+    file, params, _ = golden(shared("golden/grads.npz"), np.float64)
+    logits = gpt2.forward(params, file["tokens"])
+    np.testing.assert_allclose(logits, file["logits"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-10), (np.float32, 1e-4)])
+def test_golden_loss_and_gradients_of_pytorch(shared, dtype, tolerance):
+    file, params, expected = golden(shared("golden/grads.npz"), dtype)
+    loss, grads = gpt2.loss_and_grads(params, file["tokens"], file["targets"])
+    assert grads.flat.dtype == dtype
+    assert math.isclose(loss, file["loss"], rel_tol=1e-10 if dtype == np.float64 else 1e-6)
+    assert_close_tensors(grads, expected, tolerance)
+
+
+def test_golden_debug_state_of_llmc(shared):
+    params = utils.load_params(shared("golden/llmc_tiny.bin"))
+    path, config = shared("golden/llmc_tiny_debug_state.bin"), params.config
+    _, _, B, T, *_ = utils.read_header(path, utils.STATE_MAGIC, (2,))
+    ids = np.fromfile(path, "<i4", 2 * B * T, offset=1024).reshape(2, B, T)
+    values = np.fromfile(path, "<f4", offset=1024 + ids.nbytes)
+    logits, loss, flat = np.split(values, [B * T * config.n_vocab, B * T * config.n_vocab + 1])
+    found = gpt2.forward(params, ids[0])
+    np.testing.assert_allclose(found, logits.reshape(found.shape), rtol=0, atol=2e-5)
+    found, grads = gpt2.loss_and_grads(params, ids[0], ids[1])
+    assert math.isclose(found, loss[0], rel_tol=1e-6)
+    assert_close_tensors(grads, utils.Params(config, flat), 1e-4)
+
+
+def test_golden_logits_and_text_of_openai(shared, tmp_path):
+    source = shared("openai_tiny")
+    utils.convert(source, tmp_path / "tiny")
+    params = gpt2.load(tmp_path / "tiny")
+    expected = np.load(source / "expected.npz")
+    logits = gpt2.forward(params, expected["tokens"])
+    stride = int(expected["logits_stride"])
+    np.testing.assert_allclose(logits[..., ::stride], expected["logits"], rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(logits.argmax(-1), expected["argmax"])
+    prompt, greedy = expected["prompt"][0], expected["greedy"][0]
+    n_tokens = len(greedy) - len(prompt)
+    found = list(gpt2.generate(params, prompt, n_tokens, eot=-1))
+    assert [*prompt, *found] == greedy.tolist()
+
+
+def test_golden_logits_and_text_of_hugging_face(shared, tmp_path):
+    source = shared("hf_tiny")
+    utils.convert(source, tmp_path / "tiny")
+    params = gpt2.load(tmp_path / "tiny")
+    expected = np.load(source / "expected.npz")
+    logits = gpt2.forward(params, expected["tokens"])
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=2e-5)
+    greedy = expected["greedy"][0].tolist()
+    assert list(gpt2.generate(params, greedy[:8], 24, eot=-1)) == greedy[8:]
