@@ -586,7 +586,7 @@ def step(params, histories, kv):
     """
     for b in np.flatnonzero(kv.length == params.config.n_ctx):
         kv.length[b] = 0
-        recent = histories[b][-(params.config.n_ctx // 2) : -1]
+        recent = histories[b][-max(params.config.n_ctx // 2, 1) : -1]
         if recent:
             transformer(params, np.array([recent]), kv.row(b))
     return last_logits(params, np.array([history[-1:] for history in histories]), kv)
@@ -633,9 +633,10 @@ class TextStream:
 
     def _release(self, text):
         self.held += text
-        found = [at for at in map(self.held.find, self.stops) if at >= 0]
-        if found:
-            text, self.held, self.done = self.held[: min(found)], "", True
+        starts = [(stop, self.held.find(stop)) for stop in self.stops]
+        found = [(at + len(stop), at) for stop, at in starts if at >= 0]
+        if found:  # the one that ends first, however the text came in tokens
+            text, self.held, self.done = self.held[: min(found)[1]], "", True
             return text
         begun = max((overlap(self.held, stop) for stop in self.stops), default=0)
         ready = len(self.held) - begun
