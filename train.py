@@ -591,7 +591,9 @@ def make_parser():
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
     group.add_argument("--overwrite", action="store_true", help="replace the model in --out")
     add_all(
-        f"training (other defaults when --init names a model: {FINE_TUNING})",
+        "training (with --init NAME by default: "
+        + ", ".join(f"{name} {value}" for name, value in FINE_TUNING.items())
+        + ")",
         ("steps", positive, "steps of the optimizer in all"),
         ("batch_size", positive, "windows at a time"),
         ("seq_len", positive, "tokens a window; without it, n_ctx, or at most 256 to fine-tune"),

@@ -1624,8 +1624,13 @@ def check_hashes(part, md5, sha256):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser, with errors on one line (exit status 2) and defaults in `--help`."""
 
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            nothing = (None, False, "", [])  # no default worth telling
+            return action.help if action.default in nothing else super()._get_help_string(action)
+
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(formatter_class=self.Formatter, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
