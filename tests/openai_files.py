@@ -153,8 +153,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Answers GET like OpenAI's storage; `server.faults[name]` lists what goes wrong first.
 
     A fault is a status (500), or "drop" (half the body or 20,000 bytes, then the connection is
-    lost), "hang" (the same, but kept open), "no range", "truncated", "altered" (on the server),
-    "corrupt" (on the way: the MD5 is the original's), "page", "hidden page" (of no type), "gzip".
+    lost), "hang" (the same, but kept open), "no range" and "wrong part" and "short part" (of what
+    was asked for), "truncated" and "altered" (on the server), "corrupt" (on the way: the MD5 is the
+    original's), "page" (by its type), "hidden page" (by its contents), or "gzip".
     """
 
     def do_GET(self):
@@ -166,7 +167,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply(fault or 404, b"no")
         elif fault in ("page", "hidden page"):
             kind = "text/html; charset=utf-8" if fault == "page" else "application/octet-stream"
-            self.reply(200, b"\n<!DOCTYPE html><p>Please log in", **{"Content-Type": kind})
+            text = b"Please log in" if fault == "page" else b"\n<!DOCTYPE html><p>Please log in"
+            self.reply(200, text, **{"Content-Type": kind})
         else:
             self.send_file(path.read_bytes(), fault)
 
@@ -185,8 +187,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start is not None and start >= len(body):
             return self.reply(416, b"")
         if start is not None:
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-            return self.reply(206, body[start:], fault, **headers)
+            start += 1 if fault == "wrong part" else 0
+            end = start + 10_000 if fault == "short part" else len(body)
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(body)}"
+            return self.reply(206, body[start:end], fault, **headers)
         if self.server.md5:
             md5 = md5 if fault == "corrupt" else hashlib.md5(body).digest()
             headers["Content-MD5"] = base64.b64encode(md5).decode()

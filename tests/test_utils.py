@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -323,6 +324,7 @@ NAME = "model/h1/mlp/c_fc/w"
         ({"header": openai_files.field(1, 2)}, "a bundle of 2 shards, endianness 0"),
         ({"header": openai_files.field(1, 1) + openai_files.field(2, 1)}, "endianness 1"),
         ({NAME: {"crc": b"abcd"}}, f"wrong CRC of tensor {NAME}"),
+        ({NAME: {"dtype": b"1"}}, "protobuf field 1 is of the wrong kind"),
         ({NAME: {"dtype": 2}}, f"tensor {NAME} has dtype 2"),
         ({NAME: {"shape": (8, 32)}}, f"tensor {NAME} has shape (8, 32), expected (1, 8, 32)"),
         ({NAME: {"shape": (1, 32, 8)}}, f"tensor {NAME} has shape (1, 32, 8)"),
@@ -425,6 +427,17 @@ def test_table_of_any_bytes_gives_an_object_or_value_error(data, footer):
     for read in (lambda: list(utils.block_entries(data)), lambda: utils.bundle_entry(None, data)):
         with contextlib.suppress(ValueError):
             read()
+
+
+def test_block_entry_and_protobuf_field_beyond_their_end_are_refused():
+    block = openai_files.block([(b"key", b"value")])
+    assert list(utils.block_entries(block)) == [(b"key", b"value")]
+    with pytest.raises(ValueError, match="does not fit"):
+        list(utils.block_entries(block[:2] + b"\x06" + block[3:]))
+    field = openai_files.field(7, b"value")
+    assert list(utils.protobuf_fields(field)) == [(7, b"value")]
+    with pytest.raises(ValueError, match="does not fit"):
+        list(utils.protobuf_fields(field[:-1]))
 
 
 def table_of(blocks, handles):
@@ -853,6 +866,8 @@ def test_download_replaces_a_damaged_model(fetch, capsys):
         ["drop", "no range"],
         ["corrupt"],
         ["drop", 416],
+        ["drop", "wrong part"],
+        ["drop", "short part", "short part"],
     ],
 )
 @pytest.mark.parametrize("etag", [True, False])
@@ -869,7 +884,9 @@ def test_download_goes_on_where_it_stopped(fetch, site):
     site.faults[DATA] = ["drop", "drop"]
     fetch()
     ranges = [asked for name, asked, _ in site.log if name == DATA]
-    assert ranges == [None, "bytes=16384-", "bytes=32768-"]  # of 20,000 bytes, whole chunks count
+    starts = [int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) for asked in ranges[1:]]
+    assert ranges[0] is None
+    assert 0 < starts[0] <= 20_000 < starts[1] <= 40_000  # whole chunks of what had arrived
 
 
 def test_download_waits_longer_after_every_failure(fetch, site):
@@ -889,14 +906,19 @@ def test_download_gives_up_in_the_end(fetch, site):
     assert_fetched(fetch.folder)
 
 
-def test_download_of_a_file_that_changed_starts_over(fetch, site):
+@pytest.mark.parametrize(
+    ("config", "etag"),
+    [(SITE, True), (TINY, True), (TINY, False)],  # the same size, and one beyond which we ask
+)
+def test_download_of_a_file_that_changed_starts_over(fetch, site, config, etag):
+    site.md5, site.etag = False, etag
     site.faults[DATA] = ["drop", *[500] * 5]
     with pytest.raises(ConnectionError):
         fetch()
-    _, arrays = openai_files.write_checkpoint(
-        site.root / "124M", SITE, openai_files.random_arrays(SITE, seed=1)
-    )
-    (fetch.folder / ".download" / "model.ckpt.index").unlink()
+    arrays = openai_files.random_arrays(config, seed=1)
+    openai_files.write_checkpoint(site.root / "124M", config, arrays)
+    for name in ("hparams.json", "model.ckpt.index"):
+        (fetch.folder / ".download" / name).unlink()
     fetch()  # half of each would fail the CRC
     assert_equal(utils.load_params(fetch.folder), arrays)
 
