@@ -934,6 +934,15 @@ def find_index(folder):
 # Hugging Face folders: `config.json`, and tensors in safetensors files
 # (https://huggingface.co/docs/safetensors): a header length, a header in JSON, then raw bytes
 
+HF_SETTINGS = {  # in `config.json`: what GPT-2 is, the first value being that of a missing key
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
 HF_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, not a parameter
 
 
@@ -1055,17 +1064,7 @@ def read_hf_config(path):
         config = Config(**default)
     except ValueError as error:
         raise DamagedFile(path, error) from None
-    only = {  # the first is what a missing key means
-        "model_type": ("gpt2",),
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "layer_norm_epsilon": (1e-5,),
-        "n_inner": (None, 4 * config.n_embd),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        "tie_word_embeddings": (True,),
-    }
-    for name, values in only.items():
+    for name, values in {**HF_SETTINGS, "n_inner": (None, 4 * config.n_embd)}.items():
         value = found.get(name, values[0])
         if value not in values:
             expected = " or ".join(map(repr, values))
@@ -1326,6 +1325,8 @@ def download(name, models_dir=MODELS_DIR, base_url=None, keep=False, pause=time.
     folder.mkdir(parents=True, exist_ok=True)
     with only_process(folder / ".lock"):
         problem = find_problem(folder)
+        for path in folder.glob("*.bin.*.tmp"):  # of a process that was killed
+            path.unlink()
         if problem is None:  # another process has done it, or one was stopped while cleaning up
             note(f"{folder}: already downloaded")
         else:
@@ -1667,7 +1668,14 @@ def parse_args():
         epilog="example: python utils.py download 124M && python gpt2.py 'Hello, my name is'",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    sub = commands.add_parser(
+    add_download(commands)
+    add_convert(commands)
+    return parser.parse_args()
+
+
+def add_download(commands):
+    """Describe the command `download`."""
+    parser = commands.add_parser(
         "download",
         help="fetch one of OpenAI's models and convert it",
         description="Fetch one of OpenAI's models and convert it to models/<name>/model.bin and "
@@ -1675,16 +1683,25 @@ def parse_args():
         "done is left alone. Proxies are taken from HTTPS_PROXY and its relatives.",
         epilog="example: python utils.py download 124M",
     )
-    sub.add_argument("name", choices=[*MODEL_NAMES, *MODEL_ALIASES], help="which model")
-    sub.add_argument("--models_dir", type=Path, default=MODELS_DIR, help="the folder of models")
-    sub.add_argument(
+    add = parser.add_argument
+    add("name", choices=[*MODEL_NAMES, *MODEL_ALIASES], metavar="NAME", help=NAME_HELP)
+    add("--models_dir", metavar="DIR", type=Path, default=MODELS_DIR, help="the folder of models")
+    add(
         "--base_url",
+        metavar="URL",
         default=os.environ.get("GPT2_BASE_URL") or OPENAI_URL,
-        help="where <name>/encoder.json and the others lie; GPT2_BASE_URL in the environment "
-        "sets it too",
+        help="where NAME/encoder.json and the others lie; also set by GPT2_BASE_URL in the "
+        "environment",
     )
-    sub.add_argument("--keep", action="store_true", help="keep OpenAI's files, in <name>/openai")
-    sub = commands.add_parser(
+    add("--keep", action="store_true", help="keep OpenAI's files, in models/<name>/openai")
+
+
+NAME_HELP = f"{', '.join(MODEL_NAMES)}, or one of the aliases {', '.join(MODEL_ALIASES)}"
+
+
+def add_convert(commands):
+    """Describe the command `convert`."""
+    parser = commands.add_parser(
         "convert",
         help="convert a model from or to another format",
         description="Convert a model, and the tokenizer beside it. SOURCE is a folder in OpenAI's "
@@ -1693,15 +1710,15 @@ def parse_args():
         "the whole of SOURCE has been read and verified.",
         epilog="example: python utils.py convert path/to/gpt2 models/mine",
     )
-    sub.add_argument("source", metavar="SOURCE", type=Path, help="a folder, or a model .bin file")
-    sub.add_argument("target", metavar="TARGET", type=Path, help="the folder to write")
-    sub.add_argument(
+    add = parser.add_argument
+    add("source", metavar="SOURCE", type=Path, help="a folder, or a model .bin file")
+    add("target", metavar="TARGET", type=Path, help="the folder to write")
+    add(
         "--to",
         choices=["bin", "hf"],
         default="bin",
         help="what to write: our model.bin and tokenizer.bin, or what transformers loads",
     )
-    return parser.parse_args()
 
 
 def main():

@@ -11,6 +11,7 @@ import http.server
 import json
 import re
 import threading
+import urllib.parse
 
 import numpy as np
 
@@ -159,7 +160,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """
 
     def do_GET(self):
-        path = self.server.root / self.path.lstrip("/")
+        path = self.server.root / urllib.parse.urlsplit(self.path).path.lstrip("/")
         faults = self.server.faults.get(path.name, [])
         fault = faults.pop(0) if faults else None
         self.server.log.append((path.name, self.headers.get("Range"), fault))

@@ -1006,6 +1006,13 @@ def test_download_stopped_while_cleaning_up_is_cleaned_up(fetch, capsys):
     assert_fetched(fetch.folder)
 
 
+def test_download_stopped_while_converting_is_cleaned_up(fetch):
+    fetch.folder.mkdir(parents=True)
+    (fetch.folder / "model.bin.1.tmp").write_bytes(b"half")
+    fetch()
+    assert_fetched(fetch.folder)
+
+
 def test_download_twice_at_once_fetches_once(fetch, site, capsys):
     site.faults[DATA] = ["drop"]
     entered, finished = threading.Event(), threading.Event()
@@ -1033,6 +1040,14 @@ def test_download_without_a_network_fails_at_once(fetch):
     with pytest.raises(ConnectionError, match=r"encoder\.json: .*refused.*--base_url"):
         fetch(base_url="http://127.0.0.1:1")
     assert fetch.pauses == [1]
+
+
+def test_download_goes_through_a_proxy(fetch, site, monkeypatch):
+    for name in ("NO_PROXY", "no_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", site.url)
+    fetch(base_url="http://models.invalid")
+    assert_fetched(fetch.folder)
 
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://127.0.0.1/x", "http://", "http://[::1"])
