@@ -674,6 +674,7 @@ def test_cache_takes_the_bytes_it_says():
     [
         ([3, 61], "token id 61 is outside the vocabulary of 61"),
         ([[3], [1000]], "token id 1000 is outside the vocabulary of 61"),
+        ([0, 61], "token id 61 is outside the vocabulary of 61"),
         ([3, -1], "token id -1 is outside the vocabulary of 61"),
         ([], "tokens must be whole numbers.*found shape (0,)"),
         (np.zeros((2, 0), int), "found shape (2, 0)"),
@@ -719,6 +720,7 @@ def test_forward_refuses_a_cache_of_another_batch_size():
         ([[1, 2, 3]], r"targets of shape \(1, 3\) for tokens of shape \(3,\)"),
         ([1.0, 2.0, 3.0], r"targets"),
         ([1, 2, 61], r"target 61 is outside the vocabulary of 61"),
+        ([1, -1, 61], r"target 61 is outside the vocabulary of 61"),
         ([1, 2, -2], r"target -2 is outside the vocabulary of 61"),
         ([-1, -1, -1], r"every target is -1"),
     ],
@@ -899,6 +901,17 @@ def test_sample_at_a_tiny_temperature_is_argmax(temperature, number):
     logits = normal(61).astype(np.float32)
     assert gpt2.sample(logits, FakeRng(number), temperature) == logits.argmax()
     assert gpt2.sample(logits, FakeRng(number), temperature, 7, 0.9) == logits.argmax()
+
+
+def test_sample_top_p_counts_the_last_probability_too():
+    assert frequencies(np.zeros(4), temperature=1.0, top_p=0.76).tolist() == [0.25] * 4
+    assert frequencies(np.zeros(4), temperature=1.0, top_k=2, top_p=0.51).tolist() == [
+        0.5,
+        0.5,
+        0,
+        0,
+    ]
+    assert gpt2.sample(np.arange(3.0), FakeRng(ALMOST_ONE), 1.0, top_k=1, top_p=0.5) == 2
 
 
 def test_sample_at_a_huge_temperature_is_uniform():
