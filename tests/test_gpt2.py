@@ -1116,10 +1116,10 @@ def test_generate_penalises_the_whole_history():
     for _ in range(12):
         logits = gpt2.forward(params, history)[-1]
         for id in set(history):
-            logits[id] = logits[id] / 3 if logits[id] > 0 else logits[id] * 3
+            logits[id] = logits[id] / 2 if logits[id] > 0 else logits[id] * 2
         expected.append(int(logits.argmax()))
         history.append(expected[-1])
-    found = list(gpt2.generate(params, prompt, 12, repetition_penalty=3.0, eot=-1))
+    found = list(gpt2.generate(params, prompt, 12, repetition_penalty=2.0, eot=-1))
     assert found == expected
     assert found != reference_generate(params, prompt, 12)
 
@@ -1131,6 +1131,15 @@ def test_generate_past_n_ctx_goes_on_from_the_last_half_of_the_window(n_ctx, n_p
     prompt = random_tokens(min(n_prompt, n_ctx)).tolist()
     expected = reference_generate(params, prompt, 45)
     assert list(gpt2.generate(params, prompt, 45, eot=-1)) == expected
+
+
+def test_generate_takes_sampling_parameters_at_their_limits():
+    params, prompt = random_params(), [5, 9, 2]
+    greedy = reference_generate(params, prompt, 8)
+    for limits in ({"top_k": 1}, {"top_p": 5e-324}, {"top_k": 1, "top_p": 1.0}):
+        found = gpt2.generate(params, prompt, 8, temperature=1.0, seed=0, eot=-1, **limits)
+        assert list(found) == greedy
+    assert list(gpt2.generate(params, prompt, 8, temperature=5e-324, eot=-1)) == greedy
 
 
 def test_generate_leaves_the_prompts_as_they_were():
