@@ -11,6 +11,8 @@ Reading order: where a model starts (`init_params`), what it reads (`Windows`), 
 
 import contextlib
 import csv
+import ctypes
+import functools
 import hashlib
 import json
 import math
@@ -21,6 +23,7 @@ import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -73,6 +76,7 @@ class Settings:
     weight_decay: float = 0.1
     grad_clip: float = 1.0  # the largest norm of the gradient
     seed: int = 0
+    threads: int = 1  # that share a batch; must divide batch_size
     eval_every: int = 250  # steps
     eval_tokens: int = 50_000  # the most that are used each time
     save_every: int = 250  # steps
@@ -226,7 +230,65 @@ def norm(values, block=1 << 16):
     return math.sqrt(sum(float(np.dot(b, b)) for b in blocks))
 
 
-def train_step(run, grads, batches):
+class Team:
+    """Threads that share each batch: data parallelism within a process.
+
+    Every thread runs the whole model on its rows and adds to its own gradient, with one BLAS
+    thread: so the elementwise work, which NumPy does on one core, is shared as well as the matrix
+    products, and no thread waits for another within a step.
+    """
+
+    def __init__(self, params, n=1):
+        self.n = n
+        self.grads = [utils.Params(params.config, np.zeros_like(params.flat)) for _ in range(n)]
+        self.pool = ThreadPoolExecutor(n)
+
+    def gradient(self, params, batches):
+        """Return the loss and the gradient (a Params), means over batches of (tokens, targets)."""
+        batches = list(batches)
+        with one_blas_thread() if self.n > 1 else contextlib.nullcontext():
+            parts = self.pool.map(lambda i: self._part(i, params, batches), range(self.n))
+            losses = np.concatenate(list(parts))
+        total = self.grads[0]
+        for other in self.grads[1:]:
+            total.flat += other.flat
+        if len(losses) > 1:
+            total.flat *= 1 / len(losses)
+        return float(losses.mean()), total
+
+    def _part(self, i, params, batches):
+        """Return the losses of the rows i, i + n, ... of each batch; their gradients add up."""
+        grads, rows = self.grads[i], slice(i, None, self.n)
+        grads.flat[...] = 0
+        with np.errstate(all="ignore"):  # train_step tells when the result is not finite
+            return [gpt2.loss_and_grads(params, x[rows], y[rows], grads)[0] for x, y in batches]
+
+
+@contextlib.contextmanager
+def one_blas_thread():
+    """Let each matrix product within the block use one thread, if NumPy has its usual OpenBLAS."""
+    get, set_ = openblas_threads()
+    before = get()
+    set_(1)
+    try:
+        yield
+    finally:
+        set_(before)
+
+
+@functools.cache
+def openblas_threads():
+    """Return the functions of NumPy's OpenBLAS that get and set its number of threads."""
+    numpy = Path(np.__file__).parent
+    for path in [*numpy.parent.glob("numpy.libs/*openblas*"), *numpy.glob(".dylibs/*openblas*")]:
+        library = ctypes.CDLL(str(path))
+        for name in ("scipy_openblas_{}_num_threads64_", "openblas_{}_num_threads64_"):
+            if hasattr(library, name.format("set")):
+                return [getattr(library, name.format(verb)) for verb in ("get", "set")]
+    return lambda: None, lambda n: None
+
+
+def train_step(run, team, batches):
     """Take one step on the mean gradient of batches (tokens, targets); return loss, norm, rate.
 
     The gradient is clipped to a norm of grad_clip (Pascanu et al. 2012, arXiv:1211.5063); the norm
@@ -234,9 +296,8 @@ def train_step(run, grads, batches):
     the gradient is not finite.
     """
     s = run.settings
-    grads.flat[...] = 0
-    losses = [gpt2.loss_and_grads(run.params, *batch, grads)[0] for batch in batches]
-    loss, grad_norm = sum(losses) / len(losses), norm(grads.flat) / len(losses)
+    loss, grads = team.gradient(run.params, batches)
+    grad_norm = norm(grads.flat)
     if not math.isfinite(loss + grad_norm):
         raise ValueError(
             f"training has diverged: at step {run.step + 1} the loss is {loss} and the norm of the "
@@ -244,7 +305,7 @@ def train_step(run, grads, batches):
         )
     lr = learning_rate(run.step, s)
     run.step += 1
-    scale = min(1.0, s.grad_clip / (grad_norm + 1e-6)) / len(losses)
+    scale = min(1.0, s.grad_clip / (grad_norm + 1e-6))
     run.optimizer.step(run.params, grads, lr, run.step, s, scale)
     return loss, grad_norm, lr
 
@@ -415,10 +476,10 @@ def train(run, data, on_step=lambda loss, grad_norm, lr: None, stop=lambda: Fals
     batches n grad_accum, n grad_accum + 1, ..., so a resumed run goes on with the very same ones.
     """
     s = run.settings
-    grads = utils.Params(run.params.config)
+    team = Team(run.params, s.threads)
     while run.step < s.steps and not stop():
         numbers = range(run.step * s.grad_accum, (run.step + 1) * s.grad_accum)
-        on_step(*train_step(run, grads, (data.batch(number) for number in numbers)))
+        on_step(*train_step(run, team, (data.batch(number) for number in numbers)))
 
 
 class Reporter:
@@ -536,6 +597,7 @@ DEFAULTS = asdict(Settings()) | {
     "n_ctx": 128,
     "models_dir": utils.MODELS_DIR,
     "seq_len": None,
+    "threads": None,
 }
 
 
@@ -608,6 +670,7 @@ def make_parser():
         ("eps", number, "AdamW: keeps the division from overflowing"),
         ("weight_decay", number, "AdamW: decay of the matrices"),
         ("grad_clip", number, "the largest norm of the gradient"),
+        ("threads", positive, "threads that share a batch; the last bits depend on their number"),
         ("seed", natural, "of the first weights, the order of the data, the samples"),
     )
     add_all(
@@ -729,14 +792,25 @@ def split_data(args, enc):
     return tokens[:n], tokens[n:]
 
 
-def make_settings(args, n_ctx):
-    """Return the Settings of the command line; raises ValueError if a window exceeds n_ctx."""
+def make_settings(args, config):
+    """Return the Settings of the command line; raises ValueError if they do not fit the model."""
+    n_ctx, n_embd = config.n_ctx, config.n_embd
     seq_len = args.seq_len or (n_ctx if args.init == "scratch" else min(n_ctx, 256))
     if seq_len > n_ctx:
         raise ValueError(f"--seq_len {seq_len} exceeds n_ctx = {n_ctx}")
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     paths = {name: given[name] and str(given[name].resolve()) for name in ("data", "val_data")}
-    return Settings(**given | paths | {"seq_len": seq_len})
+    threads = args.threads or choose_threads(args.batch_size, seq_len * n_embd)
+    if args.batch_size % threads:
+        raise ValueError(f"--threads {threads} does not divide --batch_size {args.batch_size}")
+    return Settings(**given | paths | {"seq_len": seq_len, "threads": threads})
+
+
+def choose_threads(batch_size, row_size):
+    """Return how many threads to share a batch among: as many as there are cores and work for."""
+    if batch_size * row_size < 1 << 17:  # threads would only wait for Python's lock
+        return 1
+    return max(n for n in range(1, (os.cpu_count() or 1) + 1) if batch_size % n == 0)
 
 
 def make_run(args, enc):
@@ -746,7 +820,7 @@ def make_run(args, enc):
         run = load_checkpoint(args.out)
         if shape != run.params.config:
             raise ValueError(f"{args.out}: the run has {run.params.config}; that cannot be changed")
-        run.settings = make_settings(args, shape.n_ctx)
+        run.settings = make_settings(args, shape)
         return run
     if args.init == "scratch":
         params = init_params(shape, args.seed)
@@ -756,7 +830,7 @@ def make_run(args, enc):
         if enc.n_vocab > params.config.n_vocab:
             found = f"{enc.n_vocab} tokens, {args.init} only {params.config.n_vocab}"
             raise ValueError(f"the tokenizer has {found}")
-    return Run(params, make_settings(args, params.config.n_ctx))
+    return Run(params, make_settings(args, params.config))
 
 
 def describe(run, n_tokens, seconds):
@@ -777,8 +851,9 @@ def describe(run, n_tokens, seconds):
 
 def time_step(run, data):
     """Return the seconds that the gradient of a step takes here; the run stays as it is."""
+    team = Team(run.params, run.settings.threads)
     start = time.perf_counter()
-    gpt2.loss_and_grads(run.params, *data.batch(0))
+    team.gradient(run.params, [data.batch(0)])
     return (time.perf_counter() - start) * run.settings.grad_accum
 
 

@@ -208,9 +208,9 @@ def test_adamw_ten_steps_equal_pytorch(shared):
     given = {name: float(golden[name]) for name in names}
     s = train.Settings(**given, min_lr=given["lr"], warmup=0, steps=10)
     run, end = train.Run(fill("start"), s), fill("end")
-    grads = utils.Params(config, np.zeros_like(run.params.flat))
+    team = train.Team(run.params)
     for loss, grad_norm in zip(golden["losses"], golden["grad_norms"], strict=True):
-        got = train.train_step(run, grads, [(golden["tokens"], golden["targets"])])
+        got = train.train_step(run, team, [(golden["tokens"], golden["targets"])])
         assert got[:2] == pytest.approx((loss, grad_norm), rel=1e-9)
     for name, array in run.params.named.items():
         np.testing.assert_allclose(array, end.named[name], rtol=0, atol=1e-9, err_msg=name)
@@ -233,17 +233,30 @@ def test_norm_is_euclidean():
     assert train.norm(values) == pytest.approx(np.linalg.norm(values), rel=1e-12)
 
 
-def test_train_step_accumulates_to_the_gradient_of_the_whole_batch():
-    tokens = random_tokens(4 * 8).reshape(4, 8)
-    x, y = tokens[:, :-1], tokens[:, 1:]
+@pytest.mark.parametrize("n_threads", [1, 2, 4])
+@pytest.mark.parametrize("n_batches", [1, 2])
+def test_train_step_is_that_of_the_whole_batch_however_it_is_shared(n_threads, n_batches):
+    tokens = random_tokens(8 * 8).reshape(8, 8)
     ends = []
-    for batches in ([(x, y)], [(x[:2], y[:2]), (x[2:], y[2:])]):
+    for n, threads in ((1, 1), (n_batches, n_threads)):
         run = train.Run(to_float64(train.init_params(TINY)), settings())
-        grads = utils.Params(TINY, np.zeros_like(run.params.flat))
-        figures = train.train_step(run, grads, batches)
+        parts = np.split(tokens, n)
+        batches = [(part[:, :-1], part[:, 1:]) for part in parts]
+        team = train.Team(run.params, threads)
+        for _ in range(2):  # what a team did before must not matter
+            figures = train.train_step(run, team, batches)
         ends.append((*figures, run.params.flat))
     assert ends[0][:3] == pytest.approx(ends[1][:3], rel=1e-12)
     np.testing.assert_allclose(ends[0][3], ends[1][3], rtol=1e-9, atol=1e-12)
+
+
+def test_team_leaves_the_number_of_blas_threads():
+    get, _ = train.openblas_threads()
+    before, seen = get(), []
+    with train.one_blas_thread():
+        seen.append(get())
+    assert get() == before
+    assert before is None or seen == [1]
 
 
 def test_train_step_clips_the_gradient_to_its_limit():
@@ -257,7 +270,8 @@ def test_train_step_clips_the_gradient_to_its_limit():
     for clip in (1e-3, 1e3):
         run = train.Run(train.init_params(TINY), settings(grad_clip=clip))
         run.optimizer = Spy(run.params)
-        _, before, _ = train.train_step(run, utils.Params(TINY), [(tokens[:, :-1], tokens[:, 1:])])
+        batch = tokens[:, :-1], tokens[:, 1:]
+        _, before, _ = train.train_step(run, train.Team(run.params), [batch])
         assert seen.pop() == pytest.approx(min(clip, before), rel=1e-3)
         assert 1e-3 < before < 1e3
 
@@ -268,7 +282,7 @@ def test_train_step_stops_before_a_non_finite_update(poison):
     run.params.h[0].mlp.c_fc.b[2] = poison
     before, tokens = run.params.flat.copy(), random_tokens(9)[None]
     with np.errstate(all="ignore"), pytest.raises(ValueError, match="diverged: at step 1 the loss"):
-        train.train_step(run, utils.Params(TINY), [(tokens[:, :-1], tokens[:, 1:])])
+        train.train_step(run, train.Team(run.params), [(tokens[:, :-1], tokens[:, 1:])])
     np.testing.assert_array_equal(run.params.flat, before)
     assert run.step == 0 and not run.optimizer.m.any()
 
@@ -585,6 +599,7 @@ ERRORS = {
     "no file": (["--data", "nowhere.txt"], 1, "nowhere.txt: no such file"),
     "short": (["--batch_size", "5000"], 1, "is shorter than one batch of 5000 windows of 8"),
     "heads": (["--n_head", "3"], 1, "n_embd = 8 is not a multiple of n_head = 3"),
+    "threads": (["--threads", "3"], 1, "--threads 3 does not divide --batch_size 2"),
     "window": (["--seq_len", "9"], 1, "--seq_len 9 exceeds n_ctx = 8"),
     "steps": (["--steps", "0"], 2, "argument --steps: '0' is not a whole number of 1 or more"),
     "lr": (["--lr", "nan"], 2, "argument --lr"),
