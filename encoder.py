@@ -184,9 +184,7 @@ class StreamDecoder:
 
     def flush(self):
         """Return what is left at the end: U+FFFD for an incomplete character, otherwise nothing."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
+        return self._decoder.decode(b"", final=True)
 
 
 def load(name, models_dir=utils.MODELS_DIR):
@@ -497,7 +495,7 @@ def parse_args():
         "between lines of only <|endoftext|>",
     )
     sub.add_argument(
-        "--n_procs", type=utils.positive_int, default=os.cpu_count(), help="processes to use"
+        "--n_procs", type=utils.positive_int, default=os.cpu_count() or 1, help="processes to use"
     )
     return parser.parse_args()
 

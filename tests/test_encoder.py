@@ -400,6 +400,14 @@ def test_encode_files_puts_end_of_text_before_each_document(enc, write):
     assert encoded(enc, write(DOCUMENTS)) == with_eot(enc, SEPARATED)
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+@pytest.mark.parametrize("chunk_size", [1, 7, 1000])
+def test_encode_files_know_end_of_text_lines_by_any_line_end(enc, write, end, chunk_size):
+    path = write(f"one\r\n{EOT}\r\ntwo\n{EOT}\nthree {EOT}\n{EOT}{end}")
+    documents = ["one\r\n", "two\n", f"three {EOT}\n"]
+    assert encoded(enc, path, chunk_size=chunk_size) == with_eot(enc, documents)
+
+
 def test_encode_files_by_line(enc, write):
     lines = [line for line in DOCUMENTS.replace("\r\n", "\n").split("\n") if line]
     assert encoded(enc, write(DOCUMENTS), "lines") == with_eot(enc, lines)
@@ -552,6 +560,29 @@ def test_tokenizer_bin_version_1_knows_end_of_text_by_name(enc, tmp_path, has_eo
     assert utils.load_tokenizer(path) == (tokens, 399 if has_eot else None)
 
 
+def test_end_of_text_is_no_merge_even_if_its_parts_are_tokens(enc, tmp_path):
+    first = encoder.Encoder([b"zq", *enc.tokens[:-1]], eot=0)
+    first.save(tmp_path / "tokenizer.bin")
+    assert utils.load_tokenizer(tmp_path) == (first.tokens, 0)
+    last = [*enc.tokens[:-1], b"zq"]
+    assert utils.recover_merges(last, None) == [*utils.recover_merges(last, 399), (b"z", b"q")]
+
+
+@pytest.mark.parametrize(
+    "cut, added, count",
+    [(-1, b"", 400), (-14, b"", 400), (None, b"\x02", 400), (None, b"\x01\xff", 400)]
+    + [(None, b"", count) for count in (399, 401, -1, 2**31 - 1)],
+)
+def test_tokenizer_bin_of_another_size_is_refused(enc, tmp_path, cut, added, count):
+    path = tmp_path / "tokenizer.bin"
+    enc.save(path)
+    content = bytearray(path.read_bytes()[:cut] + added)
+    content[8:12] = struct.pack("<i", count)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"header counts {count} tokens, found (399|40)"):
+        utils.load_tokenizer(path)
+
+
 @pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
 @pytest.mark.parametrize("version", ["#version: 0.2\n", "", "#version: 0.2\r\n"])
 def test_vocabulary_and_merges_load(table, tmp_path, names, version):
@@ -577,7 +608,7 @@ def test_hugging_face_special_tokens_may_come_first_and_be_many(enc, tmp_path):
     tokens = [text.encode() for text in special] + enc.tokens[:-1]
     data = hugging_face(tokens[5:], None, utils.recover_merges(enc.tokens, enc.eot))
     vocab = {text: id + 5 for text, id in data["model"]["vocab"].items()}
-    data["model"]["vocab"] = vocab | {EOT: 0, "<s>": 1, "<pad>": 2}
+    data["model"]["vocab"] = vocab | {EOT: 0, "<s>": 1, "<pad>": 2, "two words": 3}
     data["added_tokens"] = [{"id": id, "content": text} for id, text in enumerate(special)]
     (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     loaded = encoder.load(tmp_path)
@@ -678,7 +709,7 @@ def test_incomplete_tables_are_refused(enc, tmp_path, change, problem):
         utils.load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("id", [5.0, True, "5", None, [5], -1, 400, 10**30])
+@pytest.mark.parametrize("id", [5.0, True, "5", None, [5], -1, 4, 400, 10**30])
 def test_vocabulary_with_bad_ids_is_refused(table, tmp_path, id):
     path = save_json(tmp_path, table[0], table[2])
     data = json.loads(path.read_text(encoding="utf-8"))
