@@ -1068,6 +1068,18 @@ def test_generate_of_a_batch_ends_when_all_rows_have_ended():
     assert len(steps) == max(map(len, alone))
 
 
+def test_generate_of_a_batch_repeats_end_of_text_for_a_row_that_began_with_it():
+    params = random_params()
+    [eot] = reference_generate(params, [1], 1)
+    alone = next(
+        (prompt, found)
+        for prompt in ([token] for token in range(61))
+        if len(found := reference_generate(params, prompt, 6, eot=eot)) == 6
+    )
+    steps = list(gpt2.generate(params, [[1], alone[0]], 6, eot=eot))
+    assert steps == [[eot, id] for id in alone[1]]
+
+
 def test_generate_reads_equal_prompts_once(monkeypatch):
     counts = []
     transformer = gpt2.transformer
