@@ -1070,14 +1070,12 @@ def test_generate_of_a_batch_ends_when_all_rows_have_ended():
 
 def test_generate_of_a_batch_repeats_end_of_text_for_a_row_that_began_with_it():
     params = random_params()
-    [eot] = reference_generate(params, [1], 1)
-    alone = next(
-        (prompt, found)
-        for prompt in ([token] for token in range(61))
-        if len(found := reference_generate(params, prompt, 6, eot=eot)) == 6
-    )
-    steps = list(gpt2.generate(params, [[1], alone[0]], 6, eot=eot))
-    assert steps == [[eot, id] for id in alone[1]]
+    free = [reference_generate(params, [token], 6) for token in range(61)]
+    first = next(token for token in range(61) if free[token][0] != free[token][1])
+    eot = free[first][0]  # alone the row would go on with another id after it
+    second = next(token for token in range(61) if eot not in free[token])
+    steps = list(gpt2.generate(params, [[first], [second]], 6, eot=eot))
+    assert steps == [[eot, id] for id in free[second]]
 
 
 def test_generate_reads_equal_prompts_once(monkeypatch):
