@@ -235,18 +235,20 @@ class Team:
 
     Every thread runs the whole model on its rows and adds to its own gradient, with one BLAS
     thread: so the elementwise work, which NumPy does on one core, is shared as well as the matrix
-    products, and no thread waits for another within a step.
+    products, and no thread waits for another within a step. A single thread leaves the matrix
+    products to all of BLAS's, unless the model is so small that they would only wait.
     """
 
     def __init__(self, params, n=1):
         self.n = n
+        self.one_blas_thread = n > 1 or params.config.n_embd < 256
         self.grads = [utils.Params(params.config, np.zeros_like(params.flat)) for _ in range(n)]
         self.pool = ThreadPoolExecutor(n)
 
     def gradient(self, params, batches):
         """Return the loss and the gradient (a Params), means over batches of (tokens, targets)."""
         batches = list(batches)
-        with one_blas_thread() if self.n > 1 else contextlib.nullcontext():
+        with one_blas_thread() if self.one_blas_thread else contextlib.nullcontext():
             parts = self.pool.map(lambda i: self._part(i, params, batches), range(self.n))
             losses = np.concatenate(list(parts))
         total = self.grads[0]
