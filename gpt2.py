@@ -515,9 +515,13 @@ def generate(
     outside the vocabulary, or a sampling parameter out of range.
     """
     check_sampling(temperature, top_k, top_p, repetition_penalty)
+    if n_tokens < 0:
+        raise ValueError(f"n_tokens = {n_tokens} is negative")
     config = params.config
     eot = config.n_vocab - 1 if eot is None else eot
     single = all(np.ndim(token) == 0 for token in tokens)
+    if not single and any(np.ndim(prompt) != 1 for prompt in tokens):
+        raise ValueError("tokens are neither one list of ids nor a list of such lists")
     prompts = [list(prompt) or [eot] for prompt in ([tokens] if single else tokens)]
     for prompt in prompts:
         if len(prompt) > config.n_ctx:
@@ -622,12 +626,12 @@ class TextStream:
         self.decoder, self.held = enc.stream(), ""
 
     def feed(self, id):
-        if id == self.enc.eot:
+        if self.done or id == self.enc.eot:
             return self.flush()
         return self._release(self.decoder.feed(id))
 
     def flush(self):
-        text = self._release(self.decoder.flush()) + self.held
+        text = "" if self.done else self._release(self.decoder.flush()) + self.held
         self.held, self.done = "", True
         return text
 
@@ -650,44 +654,48 @@ def overlap(text, stop):
     return next((n for n in lengths if text.endswith(stop[:n])), 0)
 
 
-def write_samples(params, enc, prompt, args):
-    """Generate from a prompt and write the text to standard output: one sample as it is made."""
-    ids = [enc.encode(prompt)] * args.n_samples
+def generate_texts(params, enc, ids, args, times):
+    """Yield, token by token, a list of the text that each sample goes on with.
+
+    `times` receives the moment at which each token is there, after that of the start.
+    """
+    streams = [TextStream(enc, args.stop) for _ in range(args.n_samples)]
     sampling = {name: getattr(args, name) for name in SAMPLING}
-    start = time.perf_counter()
-    steps = generate(params, ids, args.n_tokens, seed=args.seed, eot=enc.eot, **sampling)
-    streams = [TextStream(enc, args.stop) for _ in ids]
-    samples = ["" for _ in ids]
-    times = []
-
-    def add(b, text):
-        samples[b] += text
-        if len(ids) == 1:
-            print(text, end="", flush=True)
-
-    for step_ids in steps:
+    prompts = [ids] * args.n_samples
+    times.append(time.perf_counter())
+    for step_ids in generate(
+        params, prompts, args.n_tokens, seed=args.seed, eot=enc.eot, **sampling
+    ):
         times.append(time.perf_counter())
-        for b, stream in enumerate(streams):
-            if not stream.done:
-                add(b, stream.feed(step_ids[b]))
+        yield [stream.feed(id) for stream, id in zip(streams, step_ids, strict=True)]
         if all(stream.done for stream in streams):
-            break
-    for b, stream in enumerate(streams):
-        if not stream.done:
-            add(b, stream.flush())
-    if len(ids) == 1:
+            return
+    yield [stream.flush() for stream in streams]
+
+
+def write_samples(params, enc, ids, args):
+    """Continue a prompt, and write the text to standard output: a single sample as it is made."""
+    texts, times = [], []
+    for pieces in generate_texts(params, enc, ids, args, times):
+        texts.append(pieces)
+        if args.n_samples == 1:
+            print(pieces[0], end="", flush=True)
+    if args.n_samples == 1:
         print()
     else:
-        for b, text in enumerate(samples):
-            print(f"--- sample {b + 1} of {len(ids)} ---", file=sys.stderr, flush=True)
-            print(text, flush=True)
-    if args.stats and times:
-        print_stats(len(ids[0]) or 1, len(ids), start, times)
+        for b, pieces in enumerate(zip(*texts, strict=True)):
+            print(f"--- sample {b + 1} of {args.n_samples} ---", file=sys.stderr, flush=True)
+            print("".join(pieces), flush=True)
+    if args.stats:
+        print_stats(max(1, len(ids)), args.n_samples, times)
 
 
-def print_stats(n_prompt, n_samples, start, times):
-    """Report the speed of reading the prompt and of generating, to standard error."""
-    prefill, decode, n = times[0] - start, times[-1] - times[0], (len(times) - 1) * n_samples
+def print_stats(n_prompt, n_samples, times):
+    """Report the speed of reading the prompt and of the tokens after the first one."""
+    if len(times) == 1:
+        print("no token was generated: the text was at its end", file=sys.stderr)
+        return
+    prefill, decode, n = times[1] - times[0], times[-1] - times[1], (len(times) - 2) * n_samples
     text = f"prefill: {n_prompt} tokens in {prefill:.3f} s, {n_prompt / prefill:.1f} tokens/s"
     if n:
         text += f"; decode: {n} tokens in {decode:.3f} s, {n / decode:.1f} tokens/s"
@@ -759,11 +767,16 @@ def main(argv=None):
     if enc.n_vocab > params.config.n_vocab:
         found = f"{enc.n_vocab} tokens, the model only {params.config.n_vocab}"
         raise ValueError(f"{path}: the tokenizer has {found}: they do not belong together")
+    n_ctx = params.config.n_ctx
     for prompt in read_prompts(args):
-        n_ctx, n_prompt = params.config.n_ctx, len(enc.encode(prompt))
-        if n_prompt > n_ctx:
-            parser.error(f"prompt of {n_prompt} tokens exceeds n_ctx = {n_ctx}")
-        write_samples(params, enc, prompt, args)
+        ids = enc.encode(prompt)
+        if len(ids) <= n_ctx:
+            write_samples(params, enc, ids, args)
+            continue
+        message = f"prompt of {len(ids)} tokens exceeds n_ctx = {n_ctx}"
+        if not args.interactive:
+            parser.error(message)
+        print(message, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1647,12 +1647,17 @@ def positive_int(text):
 
 def run(main):
     """Call a program's `main` and exit: 0, or 1 with the error on one line, 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):  # None if closed
         stream.reconfigure(errors="replace")  # a console that lacks a character prints a "?"
     try:
         main()
+        if sys.stdout:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, ImportError, MemoryError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
 

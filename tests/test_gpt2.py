@@ -1680,3 +1680,39 @@ def test_golden_logits_and_text_of_hugging_face(shared, tmp_path):
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=2e-5)
     greedy = expected["greedy"][0].tolist()
     assert list(gpt2.generate(params, greedy[:8], 24, eot=-1)) == greedy[8:]
+
+
+def test_cli_with_nobody_reading_its_output_says_nothing(random_model):
+    argv = [sys.executable, gpt2.__file__, "a", "--model", str(random_model), "--n_tokens", "9999"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a parent cannot close it there")
+def test_cli_without_standard_output_has_no_traceback(random_model):
+    argv = [sys.executable, gpt2.__file__, "a", "--model", str(random_model)]
+    done = subprocess.run(argv, stdout=None, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert b"Traceback" not in done.stderr
+
+
+def test_cli_stats_of_nothing_generated(cli, cat):
+    out, err = cli(STORY, "--model", cat, "--stats")
+    assert out == "\n"
+    assert "no token was generated" in err
+
+
+def test_cli_interactive_goes_on_after_a_prompt_too_long(cli, cat):
+    out, err = cli("--interactive", "--model", cat, stdin="x" * 100 + "\nThe cat\n")
+    assert out == STORY.removeprefix("The cat") + "\n"
+    assert err == "prompt of 100 tokens exceeds n_ctx = 64\n"
+
+
+def test_generate_refuses_a_mixture_and_a_negative_count():
+    params = random_params(utils.Config(20, 8, 4, 2, 1), np.float32)
+    with pytest.raises(ValueError, match="neither one list of ids nor a list of such lists"):
+        gpt2.generate(params, [[1], 2], 3)
+    with pytest.raises(ValueError, match="n_tokens = -1 is negative"):
+        gpt2.generate(params, [1], -1)
