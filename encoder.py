@@ -190,15 +190,15 @@ class StreamDecoder:
 def load(name, models_dir=utils.MODELS_DIR):
     """Return the Encoder of a model in `models_dir`, such as "124M", or of a path.
 
-    The path is a folder or a token table in any format that `utils.load_tokenizer` reads. Raises
-    FileNotFoundError, or ValueError if the table is damaged.
+    The path is a folder or a token table in any format that `utils.load_tokenizer` reads. One of
+    OpenAI's models that is not there yet is downloaded. Raises FileNotFoundError, or ValueError if
+    the table is damaged.
     """
-    path = Path(name)
-    if not path.exists():
-        path = Path(models_dir) / utils.MODEL_ALIASES.get(str(name), name)
-    if not path.exists():
-        raise FileNotFoundError(f"{name}: no such file or folder, nor a model in {models_dir}")
-    return Encoder(*utils.load_tokenizer(path))
+    if Path(name).exists():
+        return Encoder(*utils.load_tokenizer(name))
+    folder = Path(models_dir) / utils.MODEL_ALIASES.get(str(name), name)
+    folder = folder if folder.exists() else utils.find_model(name, models_dir)
+    return Encoder(*utils.load_tokenizer(folder))
 
 
 # ----------------------------------------------------------------------------------------------
