@@ -241,14 +241,13 @@ class Team:
 
     def __init__(self, params, n=1):
         self.n = n
-        self.one_blas_thread = n > 1 or params.config.n_embd < 256
         self.grads = [utils.Params(params.config, np.zeros_like(params.flat)) for _ in range(n)]
         self.pool = ThreadPoolExecutor(n)
 
     def gradient(self, params, batches):
         """Return the loss and the gradient (a Params), means over batches of (tokens, targets)."""
         batches = list(batches)
-        with one_blas_thread() if self.one_blas_thread else contextlib.nullcontext():
+        with blas_threads(params.config, self.n):
             parts = self.pool.map(lambda i: self._part(i, params, batches), range(self.n))
             losses = np.concatenate(list(parts))
         total = self.grads[0]
@@ -267,11 +266,16 @@ class Team:
 
 
 @contextlib.contextmanager
-def one_blas_thread():
-    """Let each matrix product within the block use one thread, if NumPy has its usual OpenBLAS."""
+def blas_threads(config, n=1):
+    """Give a matrix product one thread within the block, if n threads of ours share the work.
+
+    So too for a small model, whose products are done before a second thread has woken up. Does
+    nothing where NumPy has another BLAS than OpenBLAS.
+    """
     get, set_ = openblas_threads()
     before = get()
-    set_(1)
+    if n > 1 or config.n_embd < 256:
+        set_(1)
     try:
         yield
     finally:
@@ -316,7 +320,7 @@ def train_step(run, team, batches):
 # Evaluation
 
 
-def evaluate(params, tokens, seq_len, stride=None, batch_size=8):
+def evaluate(params, tokens, seq_len, stride=None, batch_size=None):
     """Yield, batch by batch, the losses in nats (n,) of tokens (N,) after the first: N - 1 in all.
 
     They are read in windows of seq_len, one every `stride` tokens (by default, and at most,
@@ -326,6 +330,7 @@ def evaluate(params, tokens, seq_len, stride=None, batch_size=8):
     if len(tokens) < 2:
         raise ValueError(f"cannot evaluate on {len(tokens)} tokens: two at least are needed")
     overlap = seq_len - (stride or seq_len)
+    batch_size = batch_size or max(1, 2048 // seq_len)
     starts = range(0, max(1, len(tokens) - 1 - overlap), seq_len - overlap)
     for i in range(0, len(starts), batch_size):
         group = starts[i : i + batch_size]
@@ -366,15 +371,16 @@ class Score:
         )
 
 
-def score(params, enc, tokens, seq_len, stride=None, batch_size=8):
+def score(params, enc, tokens, seq_len, stride=None, batch_size=None):
     """Return the Score of a model on tokens (N,), with a progress bar if it takes long.
 
     An end-of-text token must be predicted as any other, and counts as no bytes.
     """
     from tqdm import tqdm
 
-    with tqdm(total=len(tokens) - 1, desc="evaluate", unit="tok", leave=False, delay=2) as bar:
-        nats = 0.0
+    bar = tqdm(total=len(tokens) - 1, desc="evaluate", unit="tok", leave=False, delay=2)
+    nats = 0.0
+    with bar, blas_threads(params.config):
         for losses in evaluate(params, tokens, seq_len, stride, batch_size):
             nats += float(losses.sum(dtype=np.float64))
             bar.update(len(losses))

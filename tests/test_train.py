@@ -251,12 +251,16 @@ def test_train_step_is_that_of_the_whole_batch_however_it_is_shared(n_threads, n
 
 
 def test_team_leaves_the_number_of_blas_threads():
-    get, _ = train.openblas_threads()
+    get, set_ = train.openblas_threads()
     before, seen = get(), []
-    with train.one_blas_thread():
-        seen.append(get())
-    assert get() == before
-    assert before is None or seen == [1]
+    wide = replace(TINY, n_embd=256)
+    set_(2)
+    for config, n in ((TINY, 1), (wide, 1), (wide, 2)):
+        with train.blas_threads(config, n):
+            seen.append(get())
+        assert get() in (2, None)
+    set_(before)
+    assert before is None or seen == [1, 2, 1]
 
 
 def test_train_step_clips_the_gradient_to_its_limit():
