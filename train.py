@@ -155,6 +155,11 @@ class Windows:
 # Learning
 
 
+def alone(work):
+    """Do what can be shared among threads in this one; `Team.share` is the same for several."""
+    return [work(0, 1)]
+
+
 class AdamW:
     """Adam with decoupled weight decay, over the packed buffer of the parameters.
 
@@ -167,10 +172,13 @@ class AdamW:
 
     def __init__(self, params):
         self.m, self.v = np.zeros_like(params.flat), np.zeros_like(params.flat)
-        self._temporaries = np.empty((2, min(self.BLOCK, params.flat.size)), params.flat.dtype)
-        self._spans = decay_spans(params.config)
+        self._blocks = [
+            (slice(at, min(at + self.BLOCK, end)), decays)
+            for start, end, decays in decay_spans(params.config)
+            for at in range(start, end, self.BLOCK)
+        ]
 
-    def step(self, params, grads, lr, step, settings, scale=1.0):
+    def step(self, params, grads, lr, step, settings, scale=1.0, share=alone):
         """Update params by gradients times `scale`, in place; `step` counts from 1.
 
         p -= lr weight_decay p (matrices) and p -= lr m' / (sqrt(v') + eps), where m' and v' are m
@@ -178,11 +186,12 @@ class AdamW:
         """
         s = settings
         rate, root = lr / (1 - s.beta1**step), math.sqrt(1 - s.beta2**step)
-        for start, end, decays in self._spans:
-            for at in range(start, end, self.BLOCK):
-                block = slice(at, min(at + self.BLOCK, end))
+
+        def update(i, n):
+            temporaries = np.empty((2, min(self.BLOCK, params.flat.size)), params.flat.dtype)
+            for block, decays in self._blocks[i::n]:
                 p, m, v = params.flat[block], self.m[block], self.v[block]
-                g, t = self._temporaries[:, : len(p)]
+                g, t = temporaries[:, : len(p)]
                 np.multiply(grads.flat[block], scale, out=g)
                 m *= s.beta1
                 m += np.multiply(g, 1 - s.beta1, out=t)
@@ -197,6 +206,8 @@ class AdamW:
                 if decays:
                     p *= 1 - lr * s.weight_decay
                 p -= t
+
+        share(update)
 
 
 def decay_spans(config):
@@ -224,10 +235,15 @@ def learning_rate(step, settings):
     return s.min_lr + (s.lr - s.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def norm(values, block=1 << 16):
+def norm(values, share=alone, block=1 << 16):
     """Return the Euclidean norm of an array (N,), its squares summed in blocks for precision."""
-    blocks = (values[at : at + block] for at in range(0, len(values), block))
-    return math.sqrt(sum(float(np.dot(b, b)) for b in blocks))
+    starts = range(0, len(values), block)
+
+    def squares(i, n):
+        parts = (values[at : at + block] for at in starts[i::n])
+        return sum(float(np.dot(part, part)) for part in parts)
+
+    return math.sqrt(sum(share(squares)))
 
 
 class Team:
@@ -244,25 +260,33 @@ class Team:
         self.grads = [utils.Params(params.config, np.zeros_like(params.flat)) for _ in range(n)]
         self.pool = ThreadPoolExecutor(n)
 
+    def share(self, work):
+        """Return [work(0, n), work(1, n), ...], each called in a thread of its own."""
+        if self.n == 1:
+            return alone(work)
+        return list(self.pool.map(work, range(self.n), [self.n] * self.n))
+
     def gradient(self, params, batches):
         """Return the loss and the gradient (a Params), means over batches of (tokens, targets)."""
         batches = list(batches)
-        with blas_threads(params.config, self.n):
-            parts = self.pool.map(lambda i: self._part(i, params, batches), range(self.n))
-            losses = np.concatenate(list(parts))
-        total = self.grads[0]
-        for other in self.grads[1:]:
-            total.flat += other.flat
-        if len(losses) > 1:
-            total.flat *= 1 / len(losses)
-        return float(losses.mean()), total
 
-    def _part(self, i, params, batches):
-        """Return the losses of the rows i, i + n, ... of each batch; their gradients add up."""
-        grads, rows = self.grads[i], slice(i, None, self.n)
-        grads.flat[...] = 0
-        with np.errstate(all="ignore"):  # train_step tells when the result is not finite
-            return [gpt2.loss_and_grads(params, x[rows], y[rows], grads)[0] for x, y in batches]
+        def add_gradients(i, n):  # of the rows i, i + n, ... of each batch
+            grads, rows = self.grads[i], slice(i, None, n)
+            grads.flat[...] = 0
+            with np.errstate(all="ignore"):  # train_step tells when the result is not finite
+                return [gpt2.loss_and_grads(params, x[rows], y[rows], grads)[0] for x, y in batches]
+
+        def take_mean(i, n):  # of a part of the buffers
+            first, *others = (np.array_split(grads.flat, n)[i] for grads in self.grads)
+            for other in others:
+                first += other
+            if len(losses) > 1:
+                first *= 1 / len(losses)
+
+        with blas_threads(params.config, self.n):
+            losses = np.concatenate(self.share(add_gradients))
+        self.share(take_mean)
+        return float(losses.mean()), self.grads[0]
 
 
 @contextlib.contextmanager
@@ -303,7 +327,7 @@ def train_step(run, team, batches):
     """
     s = run.settings
     loss, grads = team.gradient(run.params, batches)
-    grad_norm = norm(grads.flat)
+    grad_norm = norm(grads.flat, team.share)
     if not math.isfinite(loss + grad_norm):
         raise ValueError(
             f"training has diverged: at step {run.step + 1} the loss is {loss} and the norm of the "
@@ -312,7 +336,7 @@ def train_step(run, team, batches):
     lr = learning_rate(run.step, s)
     run.step += 1
     scale = min(1.0, s.grad_clip / (grad_norm + 1e-6))
-    run.optimizer.step(run.params, grads, lr, run.step, s, scale)
+    run.optimizer.step(run.params, grads, lr, run.step, s, scale, team.share)
     return loss, grad_norm, lr
 
 

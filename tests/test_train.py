@@ -165,16 +165,17 @@ def naive_adamw(p, gradients, lr, decay, beta1=0.9, beta2=0.95, eps=1e-8):
 
 
 @pytest.mark.parametrize("block", [7, 32768])
-def test_adamw_equals_its_formulas_in_any_blocks(monkeypatch, block):
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_adamw_equals_its_formulas_in_any_blocks(monkeypatch, block, n_threads):
     monkeypatch.setattr(train.AdamW, "BLOCK", block)
     params = to_float64(train.init_params(TINY))
     start = utils.Params(TINY, params.flat.copy())
     rng = np.random.default_rng(3)
     gradients = [rng.standard_normal(params.flat.size) for _ in range(3)]
-    optimizer = train.AdamW(params)
+    optimizer, share = train.AdamW(params), train.Team(params, n_threads).share
     for step, gradient in enumerate(gradients, 1):
         grads = utils.Params(TINY, gradient * 4)
-        optimizer.step(params, grads, 0.01, step, settings(weight_decay=0.3), scale=0.25)
+        optimizer.step(params, grads, 0.01, step, settings(weight_decay=0.3), 0.25, share)
     for name in params.named:
         decay = 0.0 if name.endswith(("/b", "/g")) else 0.3
         trees = (utils.Params(TINY, gradient).named[name] for gradient in gradients)
@@ -230,7 +231,8 @@ def test_learning_rate_warms_up_and_decays_to_its_floor():
 
 def test_norm_is_euclidean():
     values = np.random.default_rng(0).standard_normal(200_000)
-    assert train.norm(values) == pytest.approx(np.linalg.norm(values), rel=1e-12)
+    for share in (train.alone, train.Team(train.init_params(TINY), 3).share):
+        assert train.norm(values, share) == pytest.approx(np.linalg.norm(values), rel=1e-12)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 4])
@@ -268,7 +270,7 @@ def test_train_step_clips_the_gradient_to_its_limit():
     seen = []
 
     class Spy(train.AdamW):
-        def step(self, params, grads, lr, step, settings, scale=1.0):
+        def step(self, params, grads, lr, step, settings, scale=1.0, share=train.alone):
             seen.append(scale * np.linalg.norm(grads.flat))
 
     for clip in (1e-3, 1e3):
