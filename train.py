@@ -259,6 +259,7 @@ class Team:
         self.n = n
         self.grads = [utils.Params(params.config, np.zeros_like(params.flat)) for _ in range(n)]
         self.pool = ThreadPoolExecutor(n)
+        keep_freed_memory()
 
     def share(self, work):
         """Return [work(0, n), work(1, n), ...], each called in a thread of its own."""
@@ -316,6 +317,20 @@ def openblas_threads():
             if hasattr(library, name.format("set")):
                 return [getattr(library, name.format(verb)) for verb in ("get", "set")]
     return lambda: None, lambda n: None
+
+
+def keep_freed_memory():
+    """Let the memory that a step frees be used by the next, where the C library is glibc.
+
+    It would go back to the system otherwise, and come again as fresh pages that have to be zeroed:
+    a tenth to a quarter of the time of a step.
+    """
+    trim_threshold, mmap_threshold, arena_max, gigabyte = -1, -3, -8, 1 << 30  # from malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(arena_max, 1)  # one heap for all threads
+        mallopt(mmap_threshold, gigabyte)
+        mallopt(trim_threshold, gigabyte)
 
 
 def train_step(run, team, batches):
