@@ -882,14 +882,15 @@ def make_run(args, enc):
 
 def describe(run, n_tokens, seconds):
     """Tell what was chosen and what it will cost; `seconds` is the measured time of a step."""
-    c, s, n = run.params.config, run.settings, run.params.flat.size
+    c, s = run.params.config, run.settings
+    n = sum(array.size for array in run.params.named.values())
     left = s.steps - run.step
     n_passes = left * s.tokens_per_step / n_tokens
     per_token = c.n_layer * (20 * c.n_embd + c.n_head * s.seq_len)  # activations kept: see gpt2.py
     logits = min(gpt2.HEAD_ROWS, s.batch_size * s.seq_len) * c.n_vocab
     memory = 4 * (4 * n + s.batch_size * s.seq_len * per_token + logits)
     note(
-        f"{n / 1e6:.2f} M parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, "
+        f"{n:,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, "
         f"{c.n_ctx} tokens of context, a vocabulary of {c.n_vocab}\n"
         f"{left} steps of {s.tokens_per_step} tokens, {n_passes:.1f} passes over {n_tokens}: about "
         f"{left * seconds / 60:.1f} minutes and {memory / 1e6:.0f} MB of memory"
@@ -938,7 +939,8 @@ def train_command(args):
         finally:
             reporter.close()
     if run.step < run.settings.steps:
-        note(f"{args.out}: saved at step {run.step}; go on with --resume --out {args.out}")
+        command = command_line("train.py", "--resume", "--out", args.out)
+        note(f"{args.out}: saved at step {run.step}; go on with: {command}")
         sys.exit(130)
     say_done(args.out, run)
 
@@ -950,12 +952,16 @@ def check_validation(val):
 
 def say_done(out, run):
     """Say where the models are and how to sample from the last one."""
-    program = os.path.relpath(Path(gpt2.__file__))
-    command = ["python", program, run.settings.prompt, "--model", str(out), "--n_tokens", "100"]
-    note(
-        f"{out / 'model.bin'}: done (lowest validation loss {run.best_loss:.4f}: {out / 'best'}). "
-        f"Sample from it with: {shlex.join([*command, '--temperature', '0.8'])}"
-    )
+    sampling = ("--model", out, "--n_tokens", 100, "--temperature", 0.8)
+    command = command_line("gpt2.py", run.settings.prompt, *sampling)
+    best = f"the lowest validation loss was {run.best_loss:.4f}, by {out / 'best'}"
+    note(f"{out / 'model.bin'}: done; {best}. To sample: {command}")
+
+
+def command_line(program, *arguments):
+    """Return what to type here to run one of our programs."""
+    path = os.path.relpath(Path(__file__).with_name(program))
+    return shlex.join(["python", path, *map(str, arguments)])
 
 
 def eval_command(args):

@@ -459,8 +459,9 @@ def test_command_trains_from_text_and_its_last_line_samples(run, fish, text):
     assert [bool(row["val_loss"]) for row in rows] == [False, True] * 3
     best = min(float(row["val_loss"]) for row in rows if row["val_loss"])
     assert train.load_checkpoint(out).best_loss == pytest.approx(best, rel=1e-5)
-    assert "0.00 M parameters: 1 layers, 2 heads, 8 channels" in done.stderr
-    command = shlex.split(last_line(done.stderr).split("Sample from it with: ")[1])
+    count = 260 * 8 + 8 * 8 + 12 * 8 * 8 + 13 * 8 + 2 * 8
+    assert f"{count:,} parameters: 1 layers, 2 heads, 8 channels" in done.stderr
+    command = shlex.split(last_line(done.stderr).split("To sample: ")[1])
     sampled = subprocess.run(
         [sys.executable, *command[1:]], cwd=ROOT, capture_output=True, timeout=60
     )
@@ -540,9 +541,11 @@ def test_command_saves_and_exits_on_ctrl_c(run, fish, text):
     assert process.returncode == 130
     assert "Traceback" not in message
     step = train.load_checkpoint(out).step
-    assert f"saved at step {step}; go on with" in last_line(message)
+    assert f"saved at step {step}; go on with: python " in last_line(message)
     assert step == len(train.read_log(out / "log.csv")) >= 3
-    resumed = run("train.py", "--resume", "--out", out, "--steps", step + 2)
+    resume = shlex.split(last_line(message).split("go on with: ")[1])
+    assert Path(resume[1]).resolve() == ROOT / "train.py"
+    resumed = run("train.py", *resume[2:], "--steps", step + 2)
     assert resumed.returncode == 0, resumed.stderr
     assert train.load_checkpoint(out).step == step + 2
 
