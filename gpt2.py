@@ -17,6 +17,7 @@ import copy
 import math
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -718,7 +719,8 @@ def parse_args(argv=None):
         "prompt", nargs="?", default="", help="text to continue; - reads it from standard input"
     )
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="124M", help="124M, 355M, 774M, 1558M, or the path of a model folder")
+    add("--model", help="124M, 355M, 774M, 1558M, another in models_dir, or the path of a model; "
+        "without it 124M, or stories where that is not there and there is no network")  # fmt: skip
     add("--models_dir", default=utils.MODELS_DIR, help="folder of the models")
     add = parser.add_argument_group("text").add_argument
     add("--n_tokens", type=positive, default=40, help="tokens to generate at most")
@@ -759,9 +761,28 @@ def read_prompts(args):
         yield line.rstrip("\r\n")
 
 
+def find_default_model(models_dir):
+    """Return the path of 124M or, where it cannot be downloaded, of the bundled small model."""
+    try:
+        return utils.find_model("124M", models_dir)
+    except ConnectionError:
+        path = Path(models_dir) / "stories"
+        if not (path / "model.bin").exists():
+            raise
+        utils.note(
+            "GPT-2 is not here and its server cannot be reached: using the bundled model "
+            "`stories`, which tells children's stories. For GPT-2 itself, on a network: "
+            "python utils.py download 124M"
+        )
+        return path
+
+
 def main(argv=None):
     args, parser = parse_args(argv)
-    path = utils.find_model(args.model, args.models_dir)
+    if args.model is None:
+        path = find_default_model(args.models_dir)
+    else:
+        path = utils.find_model(args.model, args.models_dir)
     params = utils.load_params(path)
     enc = encoder.load(path if path.is_dir() else path.parent)
     if enc.n_vocab > params.config.n_vocab:
@@ -776,7 +797,7 @@ def main(argv=None):
         message = f"prompt of {len(ids)} tokens exceeds n_ctx = {n_ctx}"
         if not args.interactive:
             parser.error(message)
-        print(message, file=sys.stderr)
+        utils.note(message)
 
 
 if __name__ == "__main__":

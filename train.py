@@ -791,17 +791,13 @@ def learn_tokenizer(text, n_vocab):
     """Return the Encoder of n_vocab tokens learned from a text file, once, and kept beside it."""
     path = text.with_name(f"{text.name}.{n_vocab}.tokenizer.bin")
     if not is_newer(path, text):
-        note(f"{path}: learning a vocabulary of {n_vocab} tokens from {text}")
+        utils.note(f"{path}: learning a vocabulary of {n_vocab} tokens from {text}")
         encoder.train_files([text], n_vocab).save(path)
     return encoder.load(path)
 
 
 def is_newer(path, source):
     return path.exists() and path.stat().st_mtime_ns >= source.stat().st_mtime_ns
-
-
-def note(message):
-    print(message, file=sys.stderr, flush=True)
 
 
 def read_data(path, enc, docs):
@@ -814,7 +810,7 @@ def read_data(path, enc, docs):
         mark = hashlib.sha256(table + docs.encode()).hexdigest()[:8]
         text, path = path, path.with_name(f"{path.name}.{mark}.bin")
         if not is_newer(path, text):
-            note(f"{path}: encoding {text}")
+            utils.note(f"{path}: encoding {text}")
             encoder.encode_files(enc, [text], path, docs, os.cpu_count())
     tokens, n_vocab = utils.load_tokens(path)
     top = max(
@@ -889,7 +885,7 @@ def describe(run, n_tokens, seconds):
     per_token = c.n_layer * (20 * c.n_embd + c.n_head * s.seq_len)  # activations kept: see gpt2.py
     logits = min(gpt2.HEAD_ROWS, s.batch_size * s.seq_len) * c.n_vocab
     memory = 4 * (4 * n + s.batch_size * s.seq_len * per_token + logits)
-    note(
+    utils.note(
         f"{n:,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, "
         f"{c.n_ctx} tokens of context, a vocabulary of {c.n_vocab}\n"
         f"{left} steps of {s.tokens_per_step} tokens, {n_passes:.1f} passes over {n_tokens}: about "
@@ -940,7 +936,7 @@ def train_command(args):
             reporter.close()
     if run.step < run.settings.steps:
         command = command_line("train.py", "--resume", "--out", args.out)
-        note(f"{args.out}: saved at step {run.step}; go on with: {command}")
+        utils.note(f"{args.out}: saved at step {run.step}; go on with: {command}")
         sys.exit(130)
     say_done(args.out, run)
 
@@ -955,7 +951,7 @@ def say_done(out, run):
     sampling = ("--model", out, "--n_tokens", 100, "--temperature", 0.8)
     command = command_line("gpt2.py", run.settings.prompt, *sampling)
     best = f"the lowest validation loss was {run.best_loss:.4f}, by {out / 'best'}"
-    note(f"{out / 'model.bin'}: done; {best}. To sample: {command}")
+    utils.note(f"{out / 'model.bin'}: done; {best}. To sample: {command}")
 
 
 def command_line(program, *arguments):

@@ -1716,3 +1716,35 @@ def test_generate_refuses_a_mixture_and_a_negative_count():
         gpt2.generate(params, [[1], 2], 3)
     with pytest.raises(ValueError, match="n_tokens = -1 is negative"):
         gpt2.generate(params, [1], -1)
+
+
+UNREACHABLE = "http://127.0.0.1:9"
+
+
+def test_cli_default_is_124m_where_it_is(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT2_BASE_URL", UNREACHABLE)
+    script_model(tmp_path / "124M", STORY)
+    script_model(tmp_path / "stories", "Once upon")
+    assert cli("The cat", "--models_dir", tmp_path) == (STORY.removeprefix("The cat") + "\n", "")
+
+
+def test_cli_default_without_network_is_the_bundled_model(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT2_BASE_URL", UNREACHABLE)
+    script_model(tmp_path / "stories", STORY)
+    out, err = cli("The cat", "--models_dir", tmp_path)
+    assert out == STORY.removeprefix("The cat") + "\n"
+    assert "using the bundled model `stories`" in err.splitlines()[-1]
+    assert "python utils.py download 124M" in err.splitlines()[-1]
+
+
+def test_cli_explicit_model_never_falls_back(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT2_BASE_URL", UNREACHABLE)
+    script_model(tmp_path / "stories", STORY)
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1"):
+        cli("The cat", "--model", "124M", "--models_dir", tmp_path)
+
+
+def test_cli_default_with_neither_says_that_there_is_no_network(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT2_BASE_URL", UNREACHABLE)
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1"):
+        cli("The cat", "--models_dir", tmp_path)
