@@ -375,6 +375,20 @@ def test_train_resumes_bit_for_bit(tmp_path):
     assert same_run(resumed, whole) and resumed.step == 8
 
 
+def test_train_accumulates_over_batches_in_their_order():
+    seen = []
+
+    class Spy(train.Windows):
+        def batch(self, number):
+            seen.append(number)
+            return super().batch(number)
+
+    s = settings(steps=3, grad_accum=2)
+    run = train.Run(train.init_params(TINY), s)
+    train.train(run, Spy(random_tokens(300), s))
+    assert seen == [0, 1, 2, 3, 4, 5]
+
+
 def test_checkpoint_model_is_the_runs(tmp_path):
     run = train.Run(train.init_params(TINY), settings(), step=5)
     train.save_checkpoint(tmp_path, run)
