@@ -139,21 +139,31 @@ def softmax_backward(dout, att):
     return dout
 
 
+ATTEND_ROWS = 64  # queries at a time
+
+
 def attend(q, k, v, positions):
     """Mix the values by how well each query matches each key that is not later than itself.
 
     q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D): softmax(q k^T / sqrt(D)) v. Key s is at
-    position s, query t of row b at positions[b, t], and sees the keys s <= positions[b, t] only.
+    position s, query t of row b at positions[b, t], and sees the keys s <= positions[b, t] only:
+    a block of queries is compared with the keys that its last one sees, and no later ones.
     Vaswani et al. 2017, arXiv:1706.03762.
     """
-    scores = q @ k.swapaxes(-1, -2)  # (B, H, T, S)
-    scores *= 1 / math.sqrt(q.shape[-1])
-    S = k.shape[2]
-    if positions.min() < S - 1:  # some query must not see some key
-        future = np.arange(S) > positions[:, None, :, None]
-        np.copyto(scores, -np.inf, where=future)
-    att = softmax(scores)
-    return att @ v, (q, k, v, att)
+    B, H, T, D = q.shape
+    out = np.empty((B, T, H, D), q.dtype).transpose(0, 2, 1, 3)  # so that merging heads is free
+    atts = []
+    for start in range(0, T, ATTEND_ROWS):
+        rows = slice(start, start + ATTEND_ROWS)
+        S = positions[:, rows].max() + 1
+        scores = q[:, :, rows] @ k[:, :, :S].swapaxes(-1, -2)  # (B, H, ATTEND_ROWS, S)
+        scores *= 1 / math.sqrt(D)
+        if positions[:, rows].min() < S - 1:  # some query must not see some key
+            future = np.arange(S) > positions[:, None, rows, None]
+            np.copyto(scores, -np.inf, where=future)
+        atts.append(softmax(scores))
+        np.matmul(atts[-1], v[:, :, :S], out=out[:, :, rows])
+    return out, (q, k, v, atts)
 
 
 def attend_backward(dout, cache):
@@ -161,12 +171,15 @@ def attend_backward(dout, cache):
 
     Nothing is needed for the keys that were hidden: their att, and so their dscores, are 0.
     """
-    q, k, v, att = cache
-    dv = att.swapaxes(-1, -2) @ dout
-    dscores = softmax_backward(dout @ v.swapaxes(-1, -2), att)
-    dscores *= 1 / math.sqrt(q.shape[-1])
-    dq = dscores @ k
-    dk = dscores.swapaxes(-1, -2) @ q
+    q, k, v, atts = cache
+    dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
+    for i, att in enumerate(atts):
+        rows, S = slice(i * ATTEND_ROWS, (i + 1) * ATTEND_ROWS), att.shape[-1]
+        dv[:, :, :S] += att.swapaxes(-1, -2) @ dout[:, :, rows]
+        dscores = softmax_backward(dout[:, :, rows] @ v[:, :, :S].swapaxes(-1, -2), att)
+        dscores *= 1 / math.sqrt(q.shape[-1])
+        dq[:, :, rows] = dscores @ k[:, :, :S]
+        dk[:, :, :S] += dscores.swapaxes(-1, -2) @ q[:, :, rows]
     return dq, dk, dv
 
 

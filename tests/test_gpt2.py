@@ -163,12 +163,22 @@ def test_softmax_gradient_is_numeric():
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def several_blocks():
+    """Let the short sequences of these tests, too, be attended to in several blocks of queries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt2, "ATTEND_ROWS", 2)
+        yield
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 64])
 @pytest.mark.parametrize(
     "positions",
     [[[0, 1, 2]], [[2, 3, 4]], [[0, 1, 2], [2, 3, 4]], [[4, 4, 4]]],
     ids=["from the start", "after others", "ragged", "nothing hidden"],
 )
-def test_attend_gradient_is_numeric(positions):
+def test_attend_gradient_is_numeric(monkeypatch, positions, n_rows):
+    monkeypatch.setattr(gpt2, "ATTEND_ROWS", n_rows)
     q, k, v = normal(2, 2, 3, 4), normal(2, 2, 5, 4, seed=3), normal(2, 2, 5, 4, seed=4)
     positions = np.array(positions)
     check_backward(
