@@ -139,7 +139,7 @@ def softmax_backward(dout, att):
     return dout
 
 
-ATTEND_ROWS = 64  # queries at a time
+ATTEND_ROWS = 128  # queries at a time
 
 
 def attend(q, k, v, positions):
