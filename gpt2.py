@@ -514,7 +514,7 @@ def generate(
     top_p=None,
     seed=None,
     repetition_penalty=1.0,
-    eot=None,
+    eot="last",
 ):
     """Return an iterator over the ids that follow `tokens`, n_tokens at most.
 
@@ -524,7 +524,8 @@ def generate(
     alone: prompt number b draws its samples from numpy's default_rng(seed + b). An empty prompt
     starts from end-of-text. Past n_ctx the model re-reads the last half of the window and goes on.
 
-    `eot` is the end-of-text id, by default the last of the vocabulary, as in GPT-2; -1 means none.
+    `eot` is the end-of-text id: by default the last of the vocabulary, as in GPT-2; None if there
+    is none, and then a prompt must not be empty.
     See `sample` and `penalise` for the rest. Raises ValueError for a prompt longer than n_ctx, ids
     outside the vocabulary, or a sampling parameter out of range.
     """
@@ -532,12 +533,15 @@ def generate(
     if n_tokens < 0:
         raise ValueError(f"n_tokens = {n_tokens} is negative")
     config = params.config
-    eot = config.n_vocab - 1 if eot is None else eot
+    eot = config.n_vocab - 1 if eot == "last" else eot
     single = all(np.ndim(token) == 0 for token in tokens)
     if not single and any(np.ndim(prompt) != 1 for prompt in tokens):
         raise ValueError("tokens are neither one list of ids nor a list of such lists")
-    prompts = [list(prompt) or [eot] for prompt in ([tokens] if single else tokens)]
+    start = [] if eot is None else [eot]
+    prompts = [list(prompt) or start for prompt in ([tokens] if single else tokens)]
     for prompt in prompts:
+        if not prompt:
+            raise ValueError("the prompt is empty, and there is no end-of-text token to start from")
         if len(prompt) > config.n_ctx:
             raise ValueError(f"prompt of {len(prompt)} tokens exceeds n_ctx = {config.n_ctx}")
         check_tokens(config, prompt)

@@ -424,7 +424,8 @@ def score(params, enc, tokens, seq_len, stride=None, batch_size=None):
             nats += float(losses.sum(dtype=np.float64))
             bar.update(len(losses))
     lengths = np.array([len(token) for token in enc.tokens])
-    lengths[enc.eot] = 0
+    if enc.eot is not None:
+        lengths[enc.eot] = 0
     return Score(nats, len(tokens) - 1, int(lengths[tokens[1:]].sum()))
 
 
@@ -516,14 +517,14 @@ def plot_log(rows, path):
 # The loop
 
 
-def train(run, data, on_step=lambda loss, grad_norm, lr: None, stop=lambda: False):
+def train(run, data, on_step=lambda loss, grad_norm, lr: None, stop=lambda: False, team=None):
     """Take the steps that are left of `run`, in place, on the batches of `data`, a Windows.
 
     After each, `on_step` is called; `stop()` ends the loop between two steps. Step n reads the
     batches n grad_accum, n grad_accum + 1, ..., so a resumed run goes on with the very same ones.
     """
     s = run.settings
-    team = Team(run.params, s.threads)
+    team = team or Team(run.params, s.threads)
     while run.step < s.steps and not stop():
         numbers = range(run.step * s.grad_accum, (run.step + 1) * s.grad_accum)
         on_step(*train_step(run, team, (data.batch(number) for number in numbers)))
@@ -745,7 +746,7 @@ def parse_args(argv=None):
         if not (args.out or args.data):
             parser.error("--resume needs --out, the folder of the run")
         run = load_checkpoint(out_folder(args))
-        parser.set_defaults(**asdict(run.settings), **asdict(run.params.config))
+        parser.set_defaults(run=run, **asdict(run.settings), **asdict(run.params.config))
     elif args.init != "scratch":
         parser.set_defaults(**FINE_TUNING)
     args = parser.parse_args(argv)
@@ -860,7 +861,7 @@ def make_run(args, enc):
     """Return the Run that the command line asks for: resumed, from scratch, or from a model."""
     shape = utils.Config(enc.n_vocab, args.n_ctx, args.n_embd, args.n_head, args.n_layer)
     if args.resume:
-        run = load_checkpoint(args.out)
+        run = args.run
         if shape != run.params.config:
             raise ValueError(f"{args.out}: the run has {run.params.config}; that cannot be changed")
         run.settings = make_settings(args, shape)
@@ -893,9 +894,8 @@ def describe(run, n_tokens, seconds):
     )
 
 
-def time_step(run, data):
+def time_step(run, data, team):
     """Return the seconds that the gradient of a step takes here; the run stays as it is."""
-    team = Team(run.params, run.settings.threads)
     start = time.perf_counter()
     team.gradient(run.params, [data.batch(0)])
     return (time.perf_counter() - start) * run.settings.grad_accum
@@ -926,11 +926,12 @@ def train_command(args):
     check_validation(val)
     if not args.resume:
         claim_folder(args, enc)
-    describe(run, len(tokens), time_step(run, data))
+    team = Team(run.params, run.settings.threads)
+    describe(run, len(tokens), time_step(run, data, team))
     reporter = Reporter(run, enc, val, args.out)
     with interrupts() as stop:
         try:
-            train(run, data, reporter.on_step, stop)
+            train(run, data, reporter.on_step, stop, team)
             reporter.save()
         finally:
             reporter.close()

@@ -778,8 +778,8 @@ def test_generate_refuses_prompts_when_called(tokens, message):
 
 
 def test_generate_refuses_an_empty_prompt_without_end_of_text():
-    with pytest.raises(ValueError, match=r"token id -1 is outside the vocabulary"):
-        gpt2.generate(random_params(), [], 1, eot=-1)
+    with pytest.raises(ValueError, match="no end-of-text token to start from"):
+        gpt2.generate(random_params(), [], 1, eot=None)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -956,7 +956,7 @@ def test_penalise_makes_each_seen_id_less_probable_once():
 # Generation
 
 
-def reference_generate(params, prompt, n_tokens, choose=np.argmax, eot=-1):
+def reference_generate(params, prompt, n_tokens, choose=np.argmax, eot=None):
     """What `generate` should give, without a cache: every step reads the whole window anew."""
     n_ctx = params.config.n_ctx
     window, history, out = list(prompt), list(prompt), []
@@ -976,7 +976,7 @@ def reference_generate(params, prompt, n_tokens, choose=np.argmax, eot=-1):
 def test_generate_greedy_equals_argmax_of_repeated_forwards(dtype):
     params, prompt = random_params(dtype=dtype), [5, 9, 2]
     expected = reference_generate(params, prompt, 10)
-    found = list(gpt2.generate(params, prompt, 10, eot=-1))
+    found = list(gpt2.generate(params, prompt, 10, eot=None))
     assert found == expected
     assert len(set(found)) > 3  # not a model that always says the same
     assert {type(id) for id in found} == {int}
@@ -985,8 +985,8 @@ def test_generate_greedy_equals_argmax_of_repeated_forwards(dtype):
 @pytest.mark.parametrize("n_tokens", [0, 1, 2, 5])
 def test_generate_gives_n_tokens(n_tokens):
     params = random_params()
-    assert len(list(gpt2.generate(params, [1], n_tokens, eot=-1))) == n_tokens
-    found = list(gpt2.generate(params, [[1], [2, 3]], n_tokens, eot=-1))
+    assert len(list(gpt2.generate(params, [1], n_tokens, eot=None))) == n_tokens
+    found = list(gpt2.generate(params, [[1], [2, 3]], n_tokens, eot=None))
     assert len(found) == n_tokens
     assert all(len(ids) == 2 for ids in found)
 
@@ -1000,7 +1000,7 @@ def test_generate_is_lazy_and_reads_no_token_in_vain(monkeypatch):
         return transformer(params, tokens, kv, caches)
 
     monkeypatch.setattr(gpt2, "transformer", counting)
-    ids = gpt2.generate(random_params(), [5, 9, 2], 4, eot=-1)
+    ids = gpt2.generate(random_params(), [5, 9, 2], 4, eot=None)
     assert counts == []
     next(ids)
     assert counts == [3]
@@ -1025,7 +1025,7 @@ def test_generate_takes_the_last_id_for_end_of_text():
     params.wte[60] = 10  # now every next token is 60
     assert list(gpt2.generate(params, [1, 2], 5)) == []
     assert list(gpt2.generate(params, [1, 2], 5, eot=3)) == [60] * 5
-    assert list(gpt2.generate(params, [60, 60], 2, eot=-1)) == [60] * 2
+    assert list(gpt2.generate(params, [60, 60], 2, eot=None)) == [60] * 2
 
 
 def test_generate_goes_on_after_a_prompt_that_ends_with_end_of_text():
@@ -1035,9 +1035,9 @@ def test_generate_goes_on_after_a_prompt_that_ends_with_end_of_text():
     assert list(gpt2.generate(params, [4, 60], 5)) == expected
 
 
-@pytest.mark.parametrize("eot", [None, 7])
+@pytest.mark.parametrize("eot", ["last", 7])
 def test_generate_from_an_empty_prompt_starts_from_end_of_text(eot):
-    params, start = random_params(), 60 if eot is None else eot
+    params, start = random_params(), 60 if eot == "last" else eot
     expected = reference_generate(params, [start], 6, eot=start)
     assert list(gpt2.generate(params, [], 6, eot=eot)) == expected
     assert list(gpt2.generate(params, np.array([], int), 6, eot=eot)) == expected
@@ -1098,7 +1098,7 @@ def test_generate_reads_equal_prompts_once(monkeypatch):
 
     monkeypatch.setattr(gpt2, "transformer", counting)
     prompts = [[5, 9, 2], [1, 1], [5, 9, 2], [5, 9, 2]]
-    list(gpt2.generate(random_params(), prompts, 2, eot=-1))
+    list(gpt2.generate(random_params(), prompts, 2, eot=None))
     assert counts == [(1, 3), (1, 2), (4, 1)]
 
 
@@ -1106,7 +1106,7 @@ def test_generate_repeats_itself_for_a_seed_and_only_for_it():
     params = random_params()
 
     def ids(seed):
-        return list(gpt2.generate(params, [5, 9], 12, temperature=1.0, seed=seed, eot=-1))
+        return list(gpt2.generate(params, [5, 9], 12, temperature=1.0, seed=seed, eot=None))
 
     assert ids(1) == ids(1)
     assert ids(1) != ids(2)
@@ -1114,7 +1114,7 @@ def test_generate_repeats_itself_for_a_seed_and_only_for_it():
 
 
 def test_generate_samples_of_a_batch_differ():
-    steps = list(gpt2.generate(random_params(), [[5]] * 4, 12, temperature=1.0, seed=0, eot=-1))
+    steps = list(gpt2.generate(random_params(), [[5]] * 4, 12, temperature=1.0, seed=0, eot=None))
     assert len(set(zip(*steps, strict=True))) == 4
 
 
@@ -1125,7 +1125,7 @@ def test_generate_draws_as_sample_does_from_forwards():
         params, prompt, n_tokens, lambda logits: gpt2.sample(logits, rng, 1.2, 30, 0.9)
     )
     found = gpt2.generate(
-        params, prompt, n_tokens, temperature=1.2, top_k=30, top_p=0.9, seed=11, eot=-1
+        params, prompt, n_tokens, temperature=1.2, top_k=30, top_p=0.9, seed=11, eot=None
     )
     assert list(found) == expected
 
@@ -1139,7 +1139,7 @@ def test_generate_penalises_the_whole_history():
             logits[id] = logits[id] / 2 if logits[id] > 0 else logits[id] * 2
         expected.append(int(logits.argmax()))
         history.append(expected[-1])
-    found = list(gpt2.generate(params, prompt, 12, repetition_penalty=2.0, eot=-1))
+    found = list(gpt2.generate(params, prompt, 12, repetition_penalty=2.0, eot=None))
     assert found == expected
     assert found != reference_generate(params, prompt, 12)
 
@@ -1150,34 +1150,34 @@ def test_generate_past_n_ctx_goes_on_from_the_last_half_of_the_window(n_ctx, n_p
     params = random_params(utils.Config(61, n_ctx, 12, 3, 2))
     prompt = random_tokens(min(n_prompt, n_ctx)).tolist()
     expected = reference_generate(params, prompt, 45)
-    assert list(gpt2.generate(params, prompt, 45, eot=-1)) == expected
+    assert list(gpt2.generate(params, prompt, 45, eot=None)) == expected
 
 
 def test_generate_takes_sampling_parameters_at_their_limits():
     params, prompt = random_params(), [5, 9, 2]
     greedy = reference_generate(params, prompt, 8)
     for limits in ({"top_k": 1}, {"top_p": 5e-324}, {"top_k": 1, "top_p": 1.0}):
-        found = gpt2.generate(params, prompt, 8, temperature=1.0, seed=0, eot=-1, **limits)
+        found = gpt2.generate(params, prompt, 8, temperature=1.0, seed=0, eot=None, **limits)
         assert list(found) == greedy
-    assert list(gpt2.generate(params, prompt, 8, temperature=5e-324, eot=-1)) == greedy
+    assert list(gpt2.generate(params, prompt, 8, temperature=5e-324, eot=None)) == greedy
 
 
 def test_generate_leaves_the_prompts_as_they_were():
     params, one, several = random_params(), [5, 9, 2], [[5], [9, 2]]
-    list(gpt2.generate(params, one, 5, eot=-1))
-    list(gpt2.generate(params, several, 5, eot=-1))
+    list(gpt2.generate(params, one, 5, eot=None))
+    list(gpt2.generate(params, several, 5, eot=None))
     assert one == [5, 9, 2]
     assert several == [[5], [9, 2]]
 
 
 def test_generate_takes_arrays_and_numpy_scalars():
     params = random_params(dtype=np.float32)
-    expected = list(gpt2.generate(params, [5, 9], 5, 0.5, 20, 0.9, 3, 1.5, eot=-1))
+    expected = list(gpt2.generate(params, [5, 9], 5, 0.5, 20, 0.9, 3, 1.5, eot=None))
     numbers = (np.int64(5), np.float64(0.5), np.int64(20), np.float32(0.9), np.int64(3))
     for tokens in (np.array([5, 9]), np.array([5, 9], np.uint16), (5, 9), [np.int32(5), 9]):
         found = gpt2.generate(params, tokens, *numbers, np.float64(1.5), eot=np.int64(-1))
         assert list(found) == expected
-    found = gpt2.generate(params, np.array([[5, 9], [5, 9]]), *numbers, np.float64(1.5), eot=-1)
+    found = gpt2.generate(params, np.array([[5, 9], [5, 9]]), *numbers, np.float64(1.5), eot=None)
     assert [ids[0] for ids in found] == expected
 
 
@@ -1192,7 +1192,7 @@ def test_generate_computes_in_the_dtype_of_the_parameters(monkeypatch):
     monkeypatch.setattr(gpt2, "sample", noting)
     for dtype in (np.float32, np.float64):
         dtypes.clear()
-        list(gpt2.generate(random_params(dtype=dtype), [5], 3, repetition_penalty=1.1, eot=-1))
+        list(gpt2.generate(random_params(dtype=dtype), [5], 3, repetition_penalty=1.1, eot=None))
         assert dtypes == {np.dtype(dtype)}
 
 
@@ -1677,7 +1677,7 @@ def test_golden_logits_and_text_of_openai(shared, tmp_path):
     np.testing.assert_array_equal(logits.argmax(-1), expected["argmax"])
     prompt, greedy = expected["prompt"][0], expected["greedy"][0]
     n_tokens = len(greedy) - len(prompt)
-    found = list(gpt2.generate(params, prompt, n_tokens, eot=-1))
+    found = list(gpt2.generate(params, prompt, n_tokens, eot=None))
     assert [*prompt, *found] == greedy.tolist()
 
 
@@ -1689,7 +1689,7 @@ def test_golden_logits_and_text_of_hugging_face(shared, tmp_path):
     logits = gpt2.forward(params, expected["tokens"])
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=2e-5)
     greedy = expected["greedy"][0].tolist()
-    assert list(gpt2.generate(params, greedy[:8], 24, eot=-1)) == greedy[8:]
+    assert list(gpt2.generate(params, greedy[:8], 24, eot=None)) == greedy[8:]
 
 
 def test_cli_with_nobody_reading_its_output_says_nothing(random_model):

@@ -348,6 +348,14 @@ def test_score_is_in_nats_a_token_and_bits_a_byte():
     assert f"perplexity 260.00, {bits:.4f} bits a byte" in str(found)
 
 
+def test_score_without_end_of_text_counts_all_bytes():
+    enc = encoder.Encoder(encoder.train(TEXT, 260).tokens[:-1])
+    tokens = np.array(enc.encode("one fish two"), np.uint16)
+    params = utils.Params(replace(TINY, n_vocab=259))
+    found = train.score(params, enc, tokens, 4)
+    assert found.n_bytes == len("one fish two") - len(enc.tokens[tokens[0]])
+
+
 # --- checkpoints --------------------------------------------------------------------------------
 
 
