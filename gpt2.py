@@ -538,7 +538,7 @@ def generate(
     if not single and any(np.ndim(prompt) != 1 for prompt in tokens):
         raise ValueError("tokens are neither one list of ids nor a list of such lists")
     start = [] if eot is None else [eot]
-    prompts = [list(prompt) or start for prompt in ([tokens] if single else tokens)]
+    prompts = [list(prompt) or start.copy() for prompt in ([tokens] if single else tokens)]
     for prompt in prompts:
         if not prompt:
             raise ValueError("the prompt is empty, and there is no end-of-text token to start from")

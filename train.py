@@ -626,7 +626,6 @@ FINE_TUNING = {  # the defaults that differ where --init names a model
     "steps": 200,
     "batch_size": 4,
     "lr": 5e-5,
-    "min_lr": 5e-6,
     "warmup": 20,
     "eval_every": 50,
     "eval_tokens": 10_000,
@@ -645,6 +644,8 @@ DEFAULTS = asdict(Settings()) | {
     "n_ctx": 128,
     "models_dir": utils.MODELS_DIR,
     "seq_len": None,
+    "lr": None,
+    "min_lr": None,
     "threads": None,
 }
 
@@ -709,8 +710,8 @@ def make_parser():
         ("seq_len", positive, "tokens a window; without it, n_ctx, or at most 256 to fine-tune"),
         ("grad_accum", positive, "batches a step, their gradients averaged"),
         ("order", ["random", "sequential"], "of the windows"),
-        ("lr", number, "the highest learning rate"),
-        ("min_lr", number, "the learning rate at the end of its decay"),
+        ("lr", number, "the highest learning rate; without it, 0.5 / n_embd from scratch"),
+        ("min_lr", number, "the learning rate at the end; without it, a tenth of --lr"),
         ("warmup", natural, "steps until the highest learning rate"),
         ("decay_steps", positive, "steps until --min_lr; without it, --steps"),
         ("beta1", number, "AdamW: decay of the mean gradient"),
@@ -843,11 +844,14 @@ def make_settings(args, config):
     if seq_len > n_ctx:
         raise ValueError(f"--seq_len {seq_len} exceeds n_ctx = {n_ctx}")
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
-    paths = {name: given[name] and str(given[name].resolve()) for name in ("data", "val_data")}
+    lr = 0.5 / n_embd if args.lr is None else args.lr  # 0.03 for 16 channels, 6.5e-4 for 768
     threads = args.threads or choose_threads(args.batch_size, seq_len * n_embd)
     if args.batch_size % threads:
         raise ValueError(f"--threads {threads} does not divide --batch_size {args.batch_size}")
-    return Settings(**given | paths | {"seq_len": seq_len, "threads": threads})
+    given |= {"seq_len": seq_len, "lr": lr, "threads": threads}
+    given["min_lr"] = lr / 10 if args.min_lr is None else args.min_lr
+    given |= {name: given[name] and str(given[name].resolve()) for name in ("data", "val_data")}
+    return Settings(**given)
 
 
 def choose_threads(batch_size, row_size):
@@ -889,7 +893,8 @@ def describe(run, n_tokens, seconds):
     utils.note(
         f"{n:,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, "
         f"{c.n_ctx} tokens of context, a vocabulary of {c.n_vocab}\n"
-        f"{left} steps of {s.tokens_per_step} tokens, {n_passes:.1f} passes over {n_tokens}: about "
+        f"{left} steps of {s.tokens_per_step} tokens, {n_passes:.1f} passes over {n_tokens}, at a "
+        f"learning rate of {s.lr:.2g}: about "
         f"{left * seconds / 60:.1f} minutes and {memory / 1e6:.0f} MB of memory"
     )
 

@@ -1044,7 +1044,7 @@ def test_generate_from_an_empty_prompt_starts_from_end_of_text(eot):
     assert [ids for [ids] in gpt2.generate(params, [[]], 6, eot=eot)] == expected
 
 
-PROMPTS = [[5, 9, 2], [1], [7] * 14, [], [5, 9, 2], list(range(16))]
+PROMPTS = [[5, 9, 2], [1], [7] * 14, [], [], [5, 9, 2], list(range(16)), []]
 
 
 @pytest.mark.parametrize(
