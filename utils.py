@@ -1322,8 +1322,8 @@ def download(name, models_dir=MODELS_DIR, base_url=None, keep=False, pause=time.
     if find_problem(folder) is None and not work.exists():
         note(f"{folder}: already downloaded")
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with only_process(folder / ".lock"):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with only_process(folder.with_name(f".{name}.lock")), remove_if_empty(folder, work):
         problem = find_problem(folder)
         for path in folder.glob("*.bin.*.tmp"):  # of a process that was killed
             path.unlink()
@@ -1369,6 +1369,20 @@ def find_problem(folder):
 
 
 @contextlib.contextmanager
+def remove_if_empty(*folders):
+    """Make folders, each in the one before; after an error remove those that are still empty."""
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in reversed(folders):
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def only_process(path):
     """Hold the lock of a file, having waited for another process that holds it.
 
@@ -1377,7 +1391,7 @@ def only_process(path):
     """
     with open(path, "ab") as file:
         if not try_lock(file):
-            note(f"{path.parent}: waiting for another download of this model to end")
+            note(f"{path}: waiting for another download of this model to end")
             while not try_lock(file):
                 time.sleep(0.2)
         yield
@@ -1406,7 +1420,6 @@ def try_lock(file):
 
 def fetch_all(url, folder, reported_sha256, pause):
     """Fetch OpenAI's files of one model into a folder; those that are there already are good."""
-    folder.mkdir(exist_ok=True)
     reached = False
     for name in OPENAI_FILES:
         path = folder / name

@@ -1758,3 +1758,21 @@ def test_cli_default_with_neither_says_that_there_is_no_network(cli, tmp_path, m
     monkeypatch.setenv("GPT2_BASE_URL", UNREACHABLE)
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1"):
         cli("The cat", "--models_dir", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".124M.lock"]  # and no empty folder
+
+
+STORY_FOR_THE_BUNDLED = """Once upon a time there was a little boy named Tim. Tim had a red ball. \
+One day, he went to the park with his mom. He wanted to play with his ball. Tim saw a big dog. \
+The dog was sad. Tim gave the ball to the dog. The dog was very happy. They played all day."""
+
+
+def test_bundled_model_knows_stories_from_noise():
+    params, enc = gpt2.load("stories"), encoder.load("stories")
+    assert (utils.MODELS_DIR / "stories" / "model.bin").stat().st_size <= 16_000_000
+    words = STORY_FOR_THE_BUNDLED.split(" ")
+    bits = []
+    for text in (STORY_FOR_THE_BUNDLED, " ".join(words[::-1])):
+        ids = [enc.eot, *enc.encode(text)]
+        nats = gpt2.token_losses(params, ids[:-1], ids[1:]).sum()
+        bits.append(nats / math.log(2) / len(text))
+    assert bits[0] < 0.9 < 1.5 < bits[1]
