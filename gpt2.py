@@ -515,6 +515,7 @@ def generate(
     seed=None,
     repetition_penalty=1.0,
     eot="last",
+    n_vocab=None,
 ):
     """Return an iterator over the ids that follow `tokens`, n_tokens at most.
 
@@ -525,7 +526,8 @@ def generate(
     starts from end-of-text. Past n_ctx the model re-reads the last half of the window and goes on.
 
     `eot` is the end-of-text id: by default the last of the vocabulary, as in GPT-2; None if there
-    is none, and then a prompt must not be empty.
+    is none, and then a prompt must not be empty. `n_vocab` leaves out the ids from there on, which
+    a model may have and its tokenizer not.
     See `sample` and `penalise` for the rest. Raises ValueError for a prompt longer than n_ctx, ids
     outside the vocabulary, or a sampling parameter out of range.
     """
@@ -547,6 +549,7 @@ def generate(
         check_tokens(config, prompt)
 
     def choose(logits, history, rng):
+        logits = logits[:n_vocab]
         if repetition_penalty != 1:
             logits = penalise(logits, history, repetition_penalty)
         return sample(logits, rng, temperature, top_k, top_p)
@@ -679,11 +682,10 @@ def generate_texts(params, enc, ids, args, times):
     """
     streams = [TextStream(enc, args.stop) for _ in range(args.n_samples)]
     sampling = {name: getattr(args, name) for name in SAMPLING}
+    sampling |= {"seed": args.seed, "eot": enc.eot, "n_vocab": enc.n_vocab}
     prompts = [ids] * args.n_samples
     times.append(time.perf_counter())
-    for step_ids in generate(
-        params, prompts, args.n_tokens, seed=args.seed, eot=enc.eot, **sampling
-    ):
+    for step_ids in generate(params, prompts, args.n_tokens, **sampling):
         times.append(time.perf_counter())
         yield [stream.feed(id) for stream, id in zip(streams, step_ids, strict=True)]
         if all(stream.done for stream in streams):
@@ -778,6 +780,13 @@ def read_prompts(args):
         yield line.rstrip("\r\n")
 
 
+def check_tokenizer(name, params, enc):
+    """Raise ValueError if a tokenizer has ids that the model `name` does not know."""
+    if enc.n_vocab > params.config.n_vocab:
+        found = f"{enc.n_vocab} tokens, the model only {params.config.n_vocab}"
+        raise ValueError(f"{name}: the tokenizer has {found}: they do not belong together")
+
+
 def find_default_model(models_dir):
     """Return the path of 124M or, where it cannot be downloaded, of the bundled small model."""
     try:
@@ -802,9 +811,7 @@ def main(argv=None):
         path = utils.find_model(args.model, args.models_dir)
     params = utils.load_params(path)
     enc = encoder.load(path if path.is_dir() else path.parent)
-    if enc.n_vocab > params.config.n_vocab:
-        found = f"{enc.n_vocab} tokens, the model only {params.config.n_vocab}"
-        raise ValueError(f"{path}: the tokenizer has {found}: they do not belong together")
+    check_tokenizer(path, params, enc)
     n_ctx = params.config.n_ctx
     for prompt in read_prompts(args):
         ids = enc.encode(prompt)

@@ -577,7 +577,9 @@ class Reporter:
         """Write a sample to standard output."""
         s, enc = self.run.settings, self.enc
         prompt = enc.encode(s.prompt)[-self.run.params.config.n_ctx :]
-        ids = gpt2.generate(self.run.params, prompt, 100, 0.8, seed=s.seed, eot=enc.eot)
+        ids = gpt2.generate(
+            self.run.params, prompt, 100, 0.8, seed=s.seed, eot=enc.eot, n_vocab=enc.n_vocab
+        )
         self.note(f"step {self.run.step}: a sample at temperature 0.8")
         self.bar.write(s.prompt + enc.decode(list(ids)), file=sys.stdout)
 
@@ -863,7 +865,8 @@ def choose_threads(batch_size, row_size):
 
 def make_run(args, enc):
     """Return the Run that the command line asks for: resumed, from scratch, or from a model."""
-    shape = utils.Config(enc.n_vocab, args.n_ctx, args.n_embd, args.n_head, args.n_layer)
+    n_vocab = args.n_vocab if args.resume else enc.n_vocab  # a tuned model may have more than enc
+    shape = utils.Config(n_vocab, args.n_ctx, args.n_embd, args.n_head, args.n_layer)
     if args.resume:
         run = args.run
         if shape != run.params.config:
@@ -875,9 +878,7 @@ def make_run(args, enc):
     else:
         loaded = gpt2.load(args.init, args.models_dir)
         params = utils.Params(loaded.config, loaded.flat.copy())
-        if enc.n_vocab > params.config.n_vocab:
-            found = f"{enc.n_vocab} tokens, {args.init} only {params.config.n_vocab}"
-            raise ValueError(f"the tokenizer has {found}")
+        gpt2.check_tokenizer(args.init, params, enc)
     return Run(params, make_settings(args, params.config))
 
 
@@ -974,6 +975,7 @@ def eval_command(args):
     """Print how well --init predicts --data."""
     params = gpt2.load(args.init, args.models_dir)
     enc = find_tokenizer(args)
+    gpt2.check_tokenizer(args.init, params, enc)
     tokens = read_data(args.data, enc, args.docs)
     seq_len = args.seq_len or params.config.n_ctx
     stride = args.stride or seq_len

@@ -1454,6 +1454,7 @@ def test_cli_sampling_flags_reach_generate(cat, cli, monkeypatch):
         "repetition_penalty": 1.2,
         "seed": 4,
         "eot": EOT,
+        "n_vocab": len(TOKENS),
     }
 
 
@@ -1776,3 +1777,10 @@ def test_bundled_model_knows_stories_from_noise():
         nats = gpt2.token_losses(params, ids[:-1], ids[1:]).sum()
         bits.append(nats / math.log(2) / len(text))
     assert bits[0] < 0.9 < 1.5 < bits[1]
+
+
+def test_generate_leaves_out_the_ids_that_the_tokenizer_has_not():
+    params = random_params()
+    options = {"temperature": 5.0, "seed": 0, "eot": None, "repetition_penalty": 1.5}
+    assert max(gpt2.generate(params, [5], 200, **options)) > 30
+    assert max(gpt2.generate(params, [5], 200, n_vocab=30, **options)) == 29

@@ -598,6 +598,26 @@ def test_command_fine_tunes_a_model(run, fish, text):
     assert (out / "tokenizer.bin").read_bytes() == (tuned / "tokenizer.bin").read_bytes()
 
 
+def test_command_tunes_and_resumes_a_model_with_more_ids_than_its_tokenizer(run, fish, text):
+    wide, out = text.parent / "wide", text.parent / "fish"
+    utils.save_params(wide / "model.bin", train.init_params(replace(TINY, n_vocab=300)))
+    encoder.train(TEXT, 260).save(wide / "tokenizer.bin")
+    assert run("train.py", *fish("--init", wide, "--steps", 2)).returncode == 0
+    resumed = run("train.py", "--resume", "--out", out, "--steps", 4)
+    assert resumed.returncode == 0, resumed.stderr
+    assert train.load_checkpoint(out).params.config.n_vocab == 300
+
+
+def test_command_refuses_a_tokenizer_of_another_model(run, fish, text):
+    small = text.parent / "small"
+    utils.save_params(small / "model.bin", train.init_params(replace(TINY, n_vocab=259)))
+    encoder.train(TEXT, 260).save(small / "tokenizer.bin")
+    for more in ((), ("--eval_only",)):
+        done = run("train.py", *fish("--init", small, *more))
+        assert done.returncode == 1
+        assert "260 tokens, the model only 259: they do not belong together" in done.stderr
+
+
 def test_command_eval_only_prints_scores(run, fish, text):
     out = text.parent / "fish"
     assert run("train.py", *fish()).returncode == 0
