@@ -263,17 +263,24 @@ def block_backward(dx, cache, p, d, n_head):
 # The model
 
 
-def forward(params, tokens, kv=None):
+def forward(params, tokens, kv=None, record=None):
     """Return the logits of the next token after each token: (T,) -> (T, V), or (B, T) -> (B, T, V).
 
     With kv, a KVCache of batch size B, `tokens` continue those of earlier calls and only they are
     computed. Row t of the logits depends on tokens 0..t only. The dtype is that of the parameters.
+    `record`, a dict, receives what the model computes on the way, by name: the residual stream as
+    "embed" and, after block 3, "h3"; within a block what `name_activations` says, as
+    "h3.attn.att"; "ln_f" and "logits". Their shapes begin with B only if that of `tokens` does.
     Raises ValueError for an id outside the vocabulary or a position beyond n_ctx.
     """
-    batch = check_tokens(params.config, tokens, kv)
-    x = transformer(params, batch, kv)
+    batch, single = check_tokens(params.config, tokens, kv), np.ndim(tokens) == 1
+    recorded = None if record is None else {}
+    x = transformer(params, batch, kv, record=recorded)
     logits = x @ params.wte.T
-    return logits if np.ndim(tokens) == 2 else logits[0]
+    if record is not None:
+        recorded |= {"ln_f": x, "logits": logits}
+        record |= {name: array[0] if single else array for name, array in recorded.items()}
+    return logits[0] if single else logits
 
 
 def check_tokens(config, tokens, kv=None):
@@ -296,11 +303,11 @@ def check_tokens(config, tokens, kv=None):
     return tokens
 
 
-def transformer(params, tokens, kv=None, caches=None):
+def transformer(params, tokens, kv=None, caches=None, record=None):
     """Run everything but the head: tokens (B, T) -> x (B, T, C), normalised by ln_f.
 
     `caches`, a list, receives what `transformer_backward` needs; without it the cache of a layer
-    is dropped as soon as the layer is done.
+    is dropped as soon as the layer is done. `record`, a dict, receives activations by name.
     """
     keep = (lambda cache: None) if caches is None else caches.append
     n_head = params.config.n_head
@@ -308,14 +315,39 @@ def transformer(params, tokens, kv=None, caches=None):
     positions = start[:, None] + np.arange(tokens.shape[1])  # (B or 1, T)
     x, cache = embed(tokens, positions, params)
     keep(cache)
+    if record is not None:
+        record["embed"] = x
     for i, p in enumerate(params.h):
         x, cache = block(x, p, n_head, positions, None if kv is None else kv.layers[i])
         keep(cache)
+        if record is not None:
+            named = name_activations(cache, p)
+            record |= {f"h{i}.{name}": array for name, array in named.items()} | {f"h{i}": x}
     x, cache = layer_norm(x, params.ln_f)
     keep(cache)
     if kv is not None:
         kv.length += tokens.shape[1]
     return x
+
+
+def name_activations(cache, p):
+    """Return what the cache of a block holds, by name; all are (B, T, C) but where it says more.
+
+    ln_1, ln_2: what the branches read, normalised. attn.q, attn.k, attn.v: (B, H, T or S, D).
+    attn.att: who looks at whom, (B, H, T, S). attn.heads: what they bring, side by side. mlp.fc
+    and mlp.gelu: before and after the activation, (B, T, 4C). attn.out, mlp.out: what each branch
+    adds to the residual stream.
+    """
+    _, (ln_1, (q, k, v, atts), heads), _, (ln_2, (fc, _), gelu) = cache
+    att = np.zeros((*q.shape[:3], k.shape[2]), q.dtype)
+    for i, rows in enumerate(atts):
+        att[:, :, i * ATTEND_ROWS : (i + 1) * ATTEND_ROWS, : rows.shape[-1]] = rows
+    attn = {"q": q, "k": k.copy(), "v": v.copy(), "att": att, "heads": heads}  # a KVCache changes
+    attn["out"] = linear(heads, p.attn.c_proj)[0]
+    mlp = {"fc": fc, "gelu": gelu, "out": linear(gelu, p.mlp.c_proj)[0]}
+    named = {"ln_1": ln_1, "ln_2": ln_2}
+    named |= {f"attn.{name}": array for name, array in attn.items()}
+    return named | {f"mlp.{name}": array for name, array in mlp.items()}
 
 
 def transformer_backward(dx, caches, params, grads):

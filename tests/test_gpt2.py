@@ -4,6 +4,7 @@ Gradients are compared with central finite differences in float64, the model wit
 written from the paper, and both with PyTorch's and OpenAI's numbers where those are at hand.
 """
 
+import functools
 import io
 import json
 import math
@@ -427,6 +428,60 @@ def test_forward_of_one_row_has_no_batch_axis():
     np.testing.assert_array_equal(logits[None], gpt2.forward(params, tokens[None]))
     np.testing.assert_array_equal(logits, gpt2.forward(params, tokens.tolist()))
     np.testing.assert_array_equal(logits, gpt2.forward(params, tokens.astype(np.uint16)))
+
+
+RECORDED = {  # what a block leaves in a record, and its shape
+    "ln_1": "BTC", "attn.q": "BHTD", "attn.k": "BHSD", "attn.v": "BHSD", "attn.att": "BHTS",
+    "attn.heads": "BTC", "attn.out": "BTC", "ln_2": "BTC", "mlp.fc": "BTF", "mlp.gelu": "BTF",
+    "mlp.out": "BTC",
+}  # fmt: skip
+
+
+def test_record_names_what_forward_computes(monkeypatch):
+    monkeypatch.setattr(gpt2, "ATTEND_ROWS", 4)
+    params, tokens, record = random_params(), random_tokens(2, 11), {}
+    logits = gpt2.forward(params, tokens, record=record)
+    np.testing.assert_array_equal(logits, gpt2.forward(params, tokens))
+    assert record["logits"] is logits
+    sizes = {"B": 2, "T": 11, "S": 11, "C": 12, "H": 3, "D": 4, "F": 48}
+    for i in range(2):
+        for name, shape in RECORDED.items():
+            assert record[f"h{i}.{name}"].shape == tuple(sizes[axis] for axis in shape), name
+    assert len(record) == 1 + 2 * (len(RECORDED) + 1) + 2
+    x = params.wte[tokens] + params.wpe[:11]
+    np.testing.assert_array_equal(record["embed"], x)
+    for i, p in enumerate(params.h):
+        one = {name: record[f"h{i}.{name}"] for name in RECORDED}
+        assert_same = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
+        assert_same(one["ln_1"], gpt2.layer_norm(x, p.ln_1)[0])
+        mixed = one["attn.att"] @ one["attn.v"]
+        assert_same(one["attn.att"].sum(-1), np.ones((2, 3, 11)))
+        assert not np.triu(one["attn.att"], 1).any()
+        assert_same(one["attn.heads"], gpt2.merge_heads(mixed))
+        x = x + one["attn.out"]
+        assert_same(one["ln_2"], gpt2.layer_norm(x, p.ln_2)[0])
+        assert_same(one["mlp.gelu"], gpt2.gelu(one["mlp.fc"])[0])
+        x = x + one["mlp.out"]
+        assert_same(record[f"h{i}"], x)
+    np.testing.assert_allclose(record["ln_f"], gpt2.layer_norm(x, params.ln_f)[0], rtol=1e-12)
+
+
+def test_record_through_a_cache_stays_as_it_was():
+    params, tokens = random_params(), random_tokens(12)
+    whole, kv, first, rest = {}, gpt2.KVCache(CONFIG, dtype=np.float64), {}, {}
+    gpt2.forward(params, tokens, record=whole)
+    gpt2.forward(params, tokens[:8], kv, first)
+    before = {name: array.copy() for name, array in first.items()}
+    gpt2.forward(params, tokens[8:], kv, rest)
+    kv.layers[...] = 0
+    for name, array in whole.items():
+        assert (first[name] == before[name]).all(), name
+        found = rest[name]
+        if name.endswith("attn.att"):
+            array = array[:, 8:]
+        elif not name.endswith(("attn.k", "attn.v")):
+            found = np.concatenate([first[name], found], axis=-2)
+        np.testing.assert_allclose(found, array, rtol=1e-10, atol=1e-12, err_msg=name)
 
 
 def test_gelu_equals_its_formula():
