@@ -109,14 +109,13 @@ def check_backward(forward, backward, inputs, params=None, under="nothing"):
 def test_embed_gradient_is_numeric_with_repeated_tokens():
     params = random_params(MINI)
     tokens = np.array([[3, 3, 0], [6, 3, 0]])
-    for positions in (np.arange(3)[None], np.array([[0, 1, 2], [2, 3, 4]])):
-        check_backward(
-            lambda positions=positions: gpt2.embed(tokens, positions, params),
-            lambda dout, cache, d: gpt2.embed_backward(dout, cache, d),
-            (),
-            params,
-            "model/w",
-        )
+    check_backward(
+        lambda: gpt2.embed(tokens, np.arange(3)[None], params),
+        lambda dout, cache, d: gpt2.embed_backward(dout, cache, d),
+        (),
+        params,
+        "model/w",
+    )
 
 
 def test_layer_norm_gradient_is_numeric():
