@@ -24,10 +24,10 @@ from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
 from pathlib import Path
 
+import utils  # isort: skip (before NumPy: it chooses the kernels of its BLAS)
+
 import numpy as np
 import regex
-
-import utils
 
 # ----------------------------------------------------------------------------------------------
 # Splitting: nothing is ever merged across two pieces, so that "dog." and "dog!" share a token

@@ -17,12 +17,14 @@ import copy
 import math
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import utils  # isort: skip (before NumPy: it chooses the kernels of its BLAS)
 
 import numpy as np
 
 import encoder
-import utils
 
 # ----------------------------------------------------------------------------------------------
 # The layers
@@ -171,15 +173,21 @@ def attend(q, k, v, positions):
     out = np.empty((B, T, H, D), q.dtype).transpose(0, 2, 1, 3)  # so that merging heads is free
     atts = []
     for start in range(0, T, ATTEND_ROWS):
-        rows = slice(start, start + ATTEND_ROWS)
-        S = positions[:, rows].max() + 1
-        scores = q[:, :, rows] @ k[:, :, :S].swapaxes(-1, -2)  # (B, H, ATTEND_ROWS, S)
-        scores *= 1 / math.sqrt(D)
-        if positions[:, rows].min() < S - 1:  # some query must not see some key
-            future = np.arange(S) > positions[:, None, rows, None]
-            np.copyto(scores, -np.inf, where=future)
-        atts.append(softmax(scores))
-        np.matmul(atts[-1], v[:, :, :S], out=out[:, :, rows])
+        seen = positions[:, start : start + ATTEND_ROWS]
+        atts.append(np.empty((B, H, seen.shape[1], seen.max() + 1), q.dtype))
+
+    def mix(heads):
+        for i, att in enumerate(atts):
+            rows, S = slice(i * ATTEND_ROWS, (i + 1) * ATTEND_ROWS), att.shape[-1]
+            scores, keys = att[:, heads], k[:, heads, :S]  # (B, H, ATTEND_ROWS, S), (B, H, S, D)
+            np.matmul(q[:, heads, rows], keys.swapaxes(-1, -2), out=scores)
+            scores *= 1 / math.sqrt(D)
+            if positions[:, rows].min() < S - 1:  # some query must not see some key
+                future = np.arange(S) > positions[:, None, rows, None]
+                np.copyto(scores, -np.inf, where=future)
+            np.matmul(softmax(scores), v[:, heads, :S], out=out[:, heads, rows])
+
+    over_heads(mix, H, work=q.size * k.shape[2])
     return out, (q, k, v, atts)
 
 
@@ -190,14 +198,38 @@ def attend_backward(dout, cache):
     """
     q, k, v, atts = cache
     dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
-    for i, att in enumerate(atts):
-        rows, S = slice(i * ATTEND_ROWS, (i + 1) * ATTEND_ROWS), att.shape[-1]
-        dv[:, :, :S] += att.swapaxes(-1, -2) @ dout[:, :, rows]
-        dscores = softmax_backward(dout[:, :, rows] @ v[:, :, :S].swapaxes(-1, -2), att)
-        dscores *= 1 / math.sqrt(q.shape[-1])
-        dq[:, :, rows] = dscores @ k[:, :, :S]
-        dk[:, :, :S] += dscores.swapaxes(-1, -2) @ q[:, :, rows]
+
+    def undo(heads):
+        dout_, q_, k_, v_, dq_, dk_, dv_ = (x[:, heads] for x in (dout, q, k, v, dq, dk, dv))
+        for i, att in enumerate(atts):
+            rows, S = slice(i * ATTEND_ROWS, (i + 1) * ATTEND_ROWS), att.shape[-1]
+            att = att[:, heads]
+            dv_[:, :, :S] += att.swapaxes(-1, -2) @ dout_[:, :, rows]
+            dscores = softmax_backward(dout_[:, :, rows] @ v_[:, :, :S].swapaxes(-1, -2), att)
+            dscores *= 1 / math.sqrt(q.shape[-1])
+            dq_[:, :, rows] = dscores @ k_[:, :, :S]
+            dk_[:, :, :S] += dscores.swapaxes(-1, -2) @ q_[:, :, rows]
+
+    over_heads(undo, q.shape[1], work=q.size * k.shape[2])
     return dq, dk, dv
+
+
+OVER_HEADS = 1 << 24  # multiplications
+
+
+def over_heads(function, n_head, work):
+    """Call function(heads) for slices of the heads: in threads, if the work is worth it.
+
+    As many threads as BLAS has for a matrix product, with one BLAS thread each: the products of a
+    head are small, and NumPy does on one core what comes between them.
+    """
+    n_threads = utils.blas_threads() if work > OVER_HEADS else 1
+    n = min(n_threads, n_head)
+    if n == 1:
+        return function(slice(None))
+    bounds = [n_head * i // n for i in range(n + 1)]
+    with utils.one_blas_thread(then=n_threads), ThreadPoolExecutor(n) as threads:
+        list(threads.map(function, map(slice, bounds, bounds[1:])))
 
 
 def attention(x, p, n_head, positions, past=None):
@@ -769,6 +801,7 @@ def print_stats(n_prompt, n_samples, times):
     if n:
         text += f"; decode: {n} tokens in {decode:.3f} s, {n / decode:.1f} tokens/s"
     print(text, file=sys.stderr)
+    print(f"BLAS: {utils.blas_kernels()} kernels, threads: {utils.blas_threads()}", file=sys.stderr)
 
 
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")

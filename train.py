@@ -27,11 +27,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import utils  # isort: skip (before NumPy: it chooses the kernels of its BLAS)
+
 import numpy as np
 
 import encoder
 import gpt2
-import utils
 
 # ----------------------------------------------------------------------------------------------
 # The start, and the settings of a run

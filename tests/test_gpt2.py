@@ -4,6 +4,7 @@ Gradients are compared with central finite differences in float64, the model wit
 written from the paper, and both with PyTorch's and OpenAI's numbers where those are at hand.
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -12,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -186,6 +188,34 @@ def test_attend_gradient_is_numeric(monkeypatch, positions, n_rows):
         lambda dout, cache, d: gpt2.attend_backward(dout, cache),
         (q, k, v),
     )
+
+
+@pytest.mark.parametrize("n_threads", [2, 3, 8])
+def test_attend_in_threads_gives_the_same_bits(monkeypatch, n_threads):
+    q, k, v = normal(2, 3, 9, 4), normal(2, 3, 11, 4, seed=3), normal(2, 3, 11, 4, seed=4)
+    positions, dout = np.arange(2, 11)[None], normal(2, 3, 9, 4, seed=5)
+    out, cache = gpt2.attend(q, k, v, positions)
+    expected = [out, *gpt2.attend_backward(dout, cache)]
+    names, restored = set(), []
+
+    @contextlib.contextmanager
+    def one_blas_thread(then):
+        yield
+        restored.append(then)
+
+    def softmax(scores, softmax=gpt2.softmax):
+        names.add(threading.current_thread().name)
+        return softmax(scores)
+
+    monkeypatch.setattr(gpt2, "OVER_HEADS", 0)
+    monkeypatch.setattr(gpt2, "softmax", softmax)
+    monkeypatch.setattr(utils, "blas_threads", lambda: n_threads)
+    monkeypatch.setattr(utils, "one_blas_thread", one_blas_thread)
+    out, cache = gpt2.attend(q, k, v, positions)
+    for found, same in zip([out, *gpt2.attend_backward(dout, cache)], expected, strict=True):
+        np.testing.assert_array_equal(found, same)
+    assert threading.current_thread().name not in names
+    assert restored == [n_threads] * 2
 
 
 def test_attention_gradient_is_numeric():
@@ -1446,10 +1476,11 @@ def test_cli_stats_go_to_standard_error(cat, cli):
     pattern = (
         r"prefill: 6 tokens in \d+\.\d+ s, [\d.]+ tokens/s; "
         r"decode: 4 tokens in \d+\.\d+ s, [\d.]+ tokens/s\n"
+        r"BLAS: \w+ kernels, threads: \d+\n"
     )
     assert re.fullmatch(pattern, err)
     _, err = cli("The cat", "--model", cat, "--n_tokens", 1, "--stats")
-    assert re.fullmatch(r"prefill: 6 tokens in \d+\.\d+ s, [\d.]+ tokens/s\n", err)
+    assert re.match(r"prefill: 6 tokens in \d+\.\d+ s, [\d.]+ tokens/s\nBLAS", err)
 
 
 def test_cli_writes_n_samples(cat, random_model, cli):

@@ -45,6 +45,79 @@ def contents(folder):
 
 
 # ----------------------------------------------------------------------------------------------
+# NumPy's BLAS
+
+ZEN_5 = """processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: 26
+flags\t\t: fpu avx2 avx512f avx512dq avx512cd avx512bw avx512vl avx512_bf16
+
+processor\t: 1
+"""
+
+
+@pytest.mark.parametrize(
+    "change, setting, chosen",
+    [
+        (("", ""), None, "SKYLAKEX"),
+        (("", ""), "Haswell", "Haswell"),  # the user's own choice stays
+        (("", ""), "", ""),
+        (("family\t: 26", "family\t: 25"), None, None),  # Zen 4, which OpenBLAS knows
+        (("AuthenticAMD", "GenuineIntel"), None, None),
+        (("avx512vl", ""), None, None),
+        ((ZEN_5, "no such lines"), None, None),
+        ((ZEN_5, ""), None, None),
+    ],
+)
+def test_blas_kernels_are_chosen_for_a_cpu_that_openblas_does_not_know(
+    tmp_path, monkeypatch, change, setting, chosen
+):
+    (tmp_path / "cpuinfo").write_text(ZEN_5.replace(*change))
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "")  # so that it is put back after the test
+    monkeypatch.delenv("OPENBLAS_CORETYPE")
+    if setting is not None:
+        monkeypatch.setenv("OPENBLAS_CORETYPE", setting)
+    utils.choose_blas_kernels(tmp_path / "cpuinfo")
+    assert os.environ.get("OPENBLAS_CORETYPE") == setting  # NumPy is loaded: too late
+    monkeypatch.delitem(sys.modules, "numpy")
+    utils.choose_blas_kernels(tmp_path / "none")
+    assert os.environ.get("OPENBLAS_CORETYPE") == setting
+    utils.choose_blas_kernels(tmp_path / "cpuinfo")
+    assert os.environ.get("OPENBLAS_CORETYPE") == chosen
+
+
+@pytest.mark.parametrize("module", ["utils", "encoder", "gpt2", "train"])
+def test_module_chooses_the_blas_kernels_before_it_loads_numpy(module):
+    code = f"""
+import sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "numpy":
+            print("choose_blas_kernels" in vars(sys.modules.get("utils", sys)))
+sys.meta_path.insert(0, Finder)
+import {module}
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+def test_one_blas_thread_is_for_the_block_only():
+    before = utils.blas_threads()
+    with pytest.raises(KeyError), utils.one_blas_thread(then=before):
+        assert utils.blas_threads() == 1
+        raise KeyError
+    assert utils.blas_threads() == before
+
+
+def test_another_blas_has_one_thread_and_unknown_kernels(monkeypatch):
+    monkeypatch.setattr(utils, "openblas", lambda function: None)
+    assert utils.blas_threads() == 1
+    with utils.one_blas_thread(then=2):
+        assert utils.blas_threads() == 1
+    assert utils.blas_kernels() == "unknown"
+
+
+# ----------------------------------------------------------------------------------------------
 # Parameters
 
 
