@@ -549,27 +549,38 @@ def remember(past, k, v, positions):
 # Sampling and generation
 
 
-def sample(logits, rng, temperature=0.0, top_k=None, top_p=None):
-    """Draw an id from softmax(logits / temperature): logits (V,) -> int. Temperature 0 is argmax.
+def distribution(logits, temperature=1.0, top_k=None, top_p=None):
+    """Return the ids that may follow and their probabilities: logits (V,) -> ids (N,), probs (N,).
 
-    top_k keeps only the k most probable ids, top_p the fewest that have a probability of p
-    together (Holtzman et al. 2019, arXiv:1904.09751); of equal logits the lower id counts as the
-    more probable, as in argmax. `rng` is a numpy.random.Generator.
+    That is softmax(logits / temperature), of which top_k keeps only the k most probable ids (Fan et
+    al. 2018, arXiv:1805.04833), top_p the fewest that have a probability of p together (Holtzman et
+    al. 2019, arXiv:1904.09751); of equal logits the lower id counts as the more probable, as in
+    argmax, which alone is left at temperature 0. probs is float64 and sums to 1. With top_k or
+    top_p the most probable id comes first, without them ids is 0..V-1.
     """
     if temperature == 0:
-        return int(logits.argmax())
+        return np.array([logits.argmax()]), np.ones(1)
     logits = logits.astype(np.float64)  # so that no small probability is rounded away
     ids = np.arange(len(logits))
     if top_k is not None or top_p is not None:
         ids = np.argsort(-logits, kind="stable")[:top_k]
     with np.errstate(over="ignore"):  # a tiny temperature: all but the best become -inf, exp to 0
         probs = softmax((logits[ids] - logits.max()) / temperature)
-    cumulative = probs.cumsum()
     if top_p is not None:
+        cumulative = probs.cumsum()
         n_kept = np.searchsorted(cumulative, top_p * cumulative[-1]) + 1  # the one that crosses p
-        cumulative = cumulative[:n_kept]
+        ids, probs = ids[:n_kept], probs[:n_kept] / cumulative[n_kept - 1]
+    return ids, probs
+
+
+def sample(logits, rng, temperature=0.0, top_k=None, top_p=None):
+    """Draw an id from `distribution`: logits (V,) -> int. `rng` is a numpy.random.Generator."""
+    ids, probs = distribution(logits, temperature, top_k, top_p)
+    if temperature == 0:
+        return int(ids[0])
     # The first id whose cumulative probability exceeds a point below the total: never one of
     # probability 0, since that adds nothing to the cumulative probability before it.
+    cumulative = probs.cumsum()
     point = rng.random() * cumulative[-1]
     last = np.searchsorted(cumulative, cumulative[-1])
     return int(ids[min(np.searchsorted(cumulative, point, side="right"), last)])
@@ -608,9 +619,9 @@ def generate(
 
     `eot` is the end-of-text id: by default the last of the vocabulary, as in GPT-2; None if there
     is none, and then a prompt must not be empty. `n_vocab` leaves out the ids from there on, which
-    a model may have and its tokenizer not.
-    See `sample` and `penalise` for the rest. Raises ValueError for a prompt longer than n_ctx, ids
-    outside the vocabulary, or a sampling parameter out of range.
+    a model may have and its tokenizer not. See `distribution` and `penalise` for the rest.
+    Raises ValueError for a prompt longer than n_ctx, ids outside the vocabulary, or a sampling
+    parameter out of range.
     """
     check_sampling(temperature, top_k, top_p, repetition_penalty)
     if n_tokens < 0:

@@ -918,21 +918,39 @@ def test_sample_at_temperature_0_is_argmax_and_draws_nothing():
     assert gpt2.sample(np.array([1.0, 7.0, 7.0]), rng) == 1  # of equal ones the first
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        {"temperature": 1.0},
-        {"temperature": 0.3},
-        {"temperature": 5.0},
-        {"temperature": 1.0, "top_k": 4},
-        {"temperature": 1.0, "top_k": 100},
-        {"temperature": 1.0, "top_p": 0.7},
-        {"temperature": 2.0, "top_p": 0.05},
-        {"temperature": 0.7, "top_p": 1.0},
-        {"temperature": 1.3, "top_k": 6, "top_p": 0.8},
-    ],
-    ids=str,
-)
+SAMPLINGS = [
+    {"temperature": 1.0},
+    {"temperature": 0.3},
+    {"temperature": 5.0},
+    {"temperature": 1.0, "top_k": 4},
+    {"temperature": 1.0, "top_k": 100},
+    {"temperature": 1.0, "top_p": 0.7},
+    {"temperature": 2.0, "top_p": 0.05},
+    {"temperature": 0.7, "top_p": 1.0},
+    {"temperature": 1.3, "top_k": 6, "top_p": 0.8},
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_distribution_gives_the_ids_kept_and_their_probabilities(sampling):
+    logits = 2 * normal(12)
+    expected = reference_probs(logits, **sampling)
+    ids, probs = gpt2.distribution(logits, **sampling)
+    assert sorted(ids) == np.flatnonzero(expected).tolist()
+    np.testing.assert_allclose(probs, expected[ids], rtol=1e-12, atol=0)
+    assert abs(probs.sum() - 1) < 1e-12
+    if "top_k" in sampling or "top_p" in sampling:
+        assert (np.diff(probs) <= 0).all()
+    np.testing.assert_array_equal(logits, 2 * normal(12))
+
+
+def test_distribution_at_temperature_0_is_argmax_alone():
+    for sampling in ({}, {"top_k": 3}, {"top_p": 0.9}):
+        ids, probs = gpt2.distribution(np.array([1.0, 7.0, 7.0], np.float32), 0.0, **sampling)
+        assert (ids.tolist(), probs.tolist()) == ([1], [1.0])
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_sample_frequencies_are_the_probabilities(sampling, dtype):
     logits = (2 * normal(12)).astype(dtype)
