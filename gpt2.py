@@ -15,8 +15,10 @@ V vocabulary. No layer names a dtype: float32 parameters compute in float32, flo
 
 import copy
 import math
+import shutil
 import sys
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -608,6 +610,7 @@ def generate(
     repetition_penalty=1.0,
     eot="last",
     n_vocab=None,
+    watch=None,
 ):
     """Return an iterator over the ids that follow `tokens`, n_tokens at most.
 
@@ -619,7 +622,9 @@ def generate(
 
     `eot` is the end-of-text id: by default the last of the vocabulary, as in GPT-2; None if there
     is none, and then a prompt must not be empty. `n_vocab` leaves out the ids from there on, which
-    a model may have and its tokenizer not. See `distribution` and `penalise` for the rest.
+    a model may have and its tokenizer not. `watch(b, logits, id)`, if given, is called for every id
+    drawn for prompt number b, the end-of-text id too, with the logits it was drawn from: penalised,
+    and without the ids left out. See `distribution` and `penalise` for the rest.
     Raises ValueError for a prompt longer than n_ctx, ids outside the vocabulary, or a sampling
     parameter out of range.
     """
@@ -640,15 +645,19 @@ def generate(
             raise ValueError(f"prompt of {len(prompt)} tokens exceeds n_ctx = {config.n_ctx}")
         check_tokens(config, prompt)
 
-    def choose(logits, history, rng):
-        logits = logits[:n_vocab]
-        if repetition_penalty != 1:
-            logits = penalise(logits, history, repetition_penalty)
-        return sample(logits, rng, temperature, top_k, top_p)
-
     seeds = [None if seed is None else seed + b for b in range(len(prompts))]
     rngs = [np.random.default_rng(seed) for seed in seeds]
-    steps = generate_batch(params, prompts, n_tokens, choose, rngs, eot)
+
+    def choose(b, logits):
+        logits = logits[:n_vocab]
+        if repetition_penalty != 1:
+            logits = penalise(logits, prompts[b], repetition_penalty)
+        id = sample(logits, rngs[b], temperature, top_k, top_p)
+        if watch is not None:
+            watch(b, logits, id)
+        return id
+
+    steps = generate_batch(params, prompts, n_tokens, choose, eot)
     return (ids[0] for ids in steps) if single else steps
 
 
@@ -664,15 +673,15 @@ def check_sampling(temperature, top_k, top_p, repetition_penalty):
         raise ValueError(f"repetition_penalty = {repetition_penalty} is not a finite number over 0")
 
 
-def generate_batch(params, prompts, n_tokens, choose, rngs, eot):
-    """Yield lists of one id for each prompt, chosen by `choose(logits, history, rng)`."""
+def generate_batch(params, prompts, n_tokens, choose, eot):
+    """Yield lists of one id for each prompt, appended to it, chosen by `choose(b, logits)`."""
     kv = KVCache(params.config, len(prompts), params.flat.dtype)
     histories = prompts
     logits = prefill(params, prompts, kv)  # (B, V)
     for n in range(n_tokens):
-        for row, history, rng in zip(logits, histories, rngs, strict=True):
+        for b, history in enumerate(histories):
             ended = n > 0 and history[-1] == eot
-            history.append(eot if ended else choose(row, history, rng))
+            history.append(eot if ended else choose(b, logits[b]))
         if all(history[-1] == eot for history in histories):
             return
         yield [history[-1] for history in histories]
@@ -767,14 +776,22 @@ def overlap(text, stop):
     return next((n for n in lengths if text.endswith(stop[:n])), 0)
 
 
-def generate_texts(params, enc, ids, args, times):
+def generate_texts(params, enc, ids, args, times, rows):
     """Yield, token by token, a list of the text that each sample goes on with.
 
-    `times` receives the moment at which each token is there, after that of the start.
+    `times` receives the moment at which each token is there, after that of the start; rows[b], with
+    --explain, a line about each token of sample b.
     """
     streams = [TextStream(enc, args.stop) for _ in range(args.n_samples)]
     sampling = {name: getattr(args, name) for name in SAMPLING}
     sampling |= {"seed": args.seed, "eot": enc.eot, "n_vocab": enc.n_vocab}
+
+    def watch(b, logits, id):
+        if not streams[b].done:
+            rows[b].append(explain(enc, logits, id, args))
+
+    if args.explain:
+        sampling["watch"] = watch
     prompts = [ids] * args.n_samples
     times.append(time.perf_counter())
     for step_ids in generate(params, prompts, args.n_tokens, **sampling):
@@ -785,21 +802,76 @@ def generate_texts(params, enc, ids, args, times):
     yield [stream.flush() for stream in streams]
 
 
+def explain(enc, logits, id, args):
+    """Return a line: the id drawn, its probability, then the most probable ids that it could be.
+
+    They are the probabilities that `sample` drew from, but at temperature 0, where that leaves one
+    id, those of temperature 1. The line is as long as the terminal is wide.
+    """
+    limits = (args.temperature, args.top_k, args.top_p) if args.temperature else ()
+    ids, probs = distribution(logits, *limits)
+    n_shown = max(1, (shutil.get_terminal_size().columns - 19) // 20)
+    shown = [*np.flatnonzero(ids == id), *np.argsort(-probs, kind="stable")[:n_shown]]
+    drawn, *others = (f"{show_token(enc, ids[i])} {show_percent(probs[i]):>6}" for i in shown)
+    return f"{drawn} | {'  '.join(others)}"
+
+
+def show_token(enc, id, width=11):
+    r"""Return a token as Python would write it, filled or cut to `width`: ' cat', '\n', b'\xe2'."""
+    try:
+        text = repr(enc.tokens[id].decode())
+    except UnicodeDecodeError:
+        text = repr(enc.tokens[id])  # a part of a character
+    text = "end of text" if id == enc.eot else text
+    while columns(text) > width:
+        text = text.removesuffix("…")[:-1] + "…"
+    return text + " " * (width - columns(text))
+
+
+def columns(text):
+    """Return the width of a text in a terminal, where Chinese, say, takes two columns a letter."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def show_percent(p):
+    """Return a probability in percent; neither 0 nor 100 unless it is that exactly."""
+    if 0 < p < 0.0005:
+        return "<0.1%"
+    return ">99.9%" if 0.9995 <= p < 1 else f"{p:.1%}"
+
+
 def write_samples(params, enc, ids, args):
-    """Continue a prompt, and write the text to standard output: a single sample as it is made."""
+    """Continue a prompt, and write the text to standard output.
+
+    A single sample is written as it is made, but with --explain after the lines about its tokens,
+    which go to standard error.
+    """
     texts, times = [], []
-    for pieces in generate_texts(params, enc, ids, args, times):
+    header = "drawn              | most probable" + (" at temperature 1" * (not args.temperature))
+    rows = [[header] if args.explain else [] for _ in range(args.n_samples)]
+    live = args.n_samples == 1 and not args.explain
+    for pieces in generate_texts(params, enc, ids, args, times, rows):
         texts.append(pieces)
-        if args.n_samples == 1:
+        if live:
             print(pieces[0], end="", flush=True)
-    if args.n_samples == 1:
+        elif args.n_samples == 1:
+            print_rows(rows[0])
+    if live:
         print()
-    else:
-        for b, pieces in enumerate(zip(*texts, strict=True)):
+    for b in range(0 if live else args.n_samples):
+        if args.n_samples > 1:
             print(f"--- sample {b + 1} of {args.n_samples} ---", file=sys.stderr, flush=True)
-            print("".join(pieces), flush=True)
+        print_rows(rows[b])
+        print("".join(pieces[b] for pieces in texts), flush=True)
     if args.stats:
         print_stats(max(1, len(ids)), args.n_samples, times)
+
+
+def print_rows(rows):
+    """Write lines to standard error, and forget them."""
+    for row in rows:
+        print(row, file=sys.stderr, flush=True)
+    rows.clear()
 
 
 def print_stats(n_prompt, n_samples, times):
@@ -845,6 +917,11 @@ def parse_args(argv=None):
     add("--top_p", type=float, help="sample from the fewest tokens of this total probability")
     add("--repetition_penalty", type=float, default=1.0, help="over 1 discourages tokens seen")
     add("--seed", type=int, help="makes samples repeatable; sample i draws from seed + i")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="write to standard error, for each token, its probability and the most probable ones",
+    )
     parser.add_argument("--stats", action="store_true", help="report the speed to standard error")
     args = parser.parse_args(argv)
     try:

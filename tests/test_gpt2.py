@@ -1264,6 +1264,29 @@ def test_generate_takes_sampling_parameters_at_their_limits():
     assert list(gpt2.generate(params, prompt, 8, temperature=5e-324, eot=None)) == greedy
 
 
+def test_generate_lets_watch_what_each_id_is_drawn_from():
+    params, seen = random_params(), []
+    options = {"temperature": 1.5, "seed": 3, "repetition_penalty": 1.4, "n_vocab": 50}
+    prompts = [[1, 2, 3], [7]]
+    steps = gpt2.generate(params, prompts, 9, **options, watch=lambda *args: seen.append(args))
+    steps = list(steps)
+    assert steps == list(gpt2.generate(params, prompts, 9, **options))
+    assert [(b, id) for b, _, id in seen] == [(b, ids[b]) for ids in steps for b in (0, 1)]
+    for n, (b, logits, _) in enumerate(seen):
+        history = prompts[b] + [ids[b] for ids in steps[: n // 2]]
+        expected = gpt2.penalise(gpt2.forward(params, history)[-1], history, 1.4)[:50]
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
+
+
+def test_generate_lets_watch_the_end_of_text_once():
+    params, seen = random_params(), []
+    greedy = reference_generate(params, [1, 2], 6)
+    eot = greedy[3]
+    ids = list(gpt2.generate(params, [1, 2], 6, eot=eot, watch=lambda *args: seen.append(args)))
+    assert ids == greedy[: greedy.index(eot)]
+    assert [(b, id) for b, _, id in seen] == [(0, id) for id in [*ids, eot]]
+
+
 def test_generate_leaves_the_prompts_as_they_were():
     params, one, several = random_params(), [5, 9, 2], [[5], [9, 2]]
     list(gpt2.generate(params, one, 5, eot=None))
@@ -1499,6 +1522,119 @@ def test_cli_stats_go_to_standard_error(cat, cli):
     assert re.fullmatch(pattern, err)
     _, err = cli("The cat", "--model", cat, "--n_tokens", 1, "--stats")
     assert re.match(r"prefill: 6 tokens in \d+\.\d+ s, [\d.]+ tokens/s\nBLAS", err)
+
+
+EXPLAINED = re.compile(r"(.{11}) (.{6}) \| (.*)")
+
+
+def explained(err):
+    """The rows of --explain in a standard error: [(token, percent, [(token, percent), ...])]."""
+    rows = []
+    for line in err.splitlines():
+        if line.startswith(("drawn", "---")):
+            continue
+        token, percent, others = EXPLAINED.fullmatch(line).groups()
+        others = [others[i : i + 18] for i in range(0, len(others), 20)]
+        pairs = [(other[:11].rstrip(), other[12:].strip()) for other in others]
+        rows.append((token.rstrip(), percent.strip(), pairs))
+    return rows
+
+
+def test_cli_explains_each_token_on_standard_error(cat, cli):
+    out, err = cli("The cat", "--model", cat, "--explain")
+    assert out == STORY.removeprefix("The cat") + "\n"
+    tokens = [ENC.tokens[id] for id in ENC.encode(STORY)][len(ENC.encode("The cat")) :]
+    rows = explained(err)
+    assert err.startswith("drawn              | most probable at temperature 1\n")
+    assert len(rows) == len(tokens) + 1
+    for token, (drawn, percent, others) in zip(tokens, rows, strict=False):
+        assert eval(drawn) in (token, token.decode("utf-8", "replace"))
+        assert (drawn, percent) == others[0]
+        assert percent in ("100.0%", ">99.9%")
+    assert rows[-1][0] == "end of text"
+
+
+@pytest.mark.parametrize(
+    "flags, limits",
+    [
+        ("", ()),
+        ("--top_k 7 --top_p 0.9", ()),
+        ("--temperature 0.7", (0.7,)),
+        ("--temperature 2 --top_k 3", (2.0, 3)),
+        ("--temperature 1 --top_p 0.6", (1.0, None, 0.6)),
+        ("--temperature 1.5 --top_k 9 --top_p 0.8", (1.5, 9, 0.8)),
+    ],
+)
+def test_cli_explains_by_the_probabilities_that_it_drew_from(flags, limits, random_model, cli):
+    sampling = "--seed 2 --repetition_penalty 1.3 --n_tokens 6 " + flags
+    out, err = cli("ab", "--model", random_model, "--explain", *sampling.split())
+    assert out == cli("ab", "--model", random_model, *sampling.split())[0]
+    params, history = gpt2.load(random_model), ENC.encode("ab")
+    ids_of = {gpt2.show_token(ENC, id).rstrip(): id for id in range(len(TOKENS))}
+    rows = explained(err)
+    assert len(rows) == 6
+    for drawn, percent, others in rows:
+        logits = gpt2.penalise(gpt2.forward(params, history)[-1], history, 1.3)
+        ids, probs = gpt2.distribution(logits, *limits)
+        expected = dict(zip(ids.tolist(), probs, strict=True))
+        assert percent == gpt2.show_percent(expected[ids_of[drawn]])
+        assert len(others) == min(3, len(ids))
+        top = sorted(expected.values(), reverse=True)[: len(others)]
+        assert [percent for _, percent in others] == [gpt2.show_percent(p) for p in top]
+        for token, percent in others:
+            assert percent == gpt2.show_percent(expected[ids_of[token]])
+        history.append(ids_of[drawn])
+    assert ENC.decode(history) == "ab" + out.removesuffix("\n")
+
+
+def test_cli_explains_each_sample_under_its_name_and_no_further_than_its_end(cat, cli):
+    args = ("--model", cat, "--stop", "sat", "--explain")
+    _, alone = cli("The cat", *args)
+    n_rows = len(explained(alone))
+    assert n_rows == len(ENC.encode(" sat"))
+    out, err = cli("The cat", *args, "--n_samples", 2)
+    assert out == " \n \n"
+    assert err == f"--- sample 1 of 2 ---\n{alone}--- sample 2 of 2 ---\n{alone}"
+    out, err = cli("--interactive", *args, stdin="The cat\nThe cat\n")
+    assert (out, err) == (" \n \n", 2 * alone)
+
+
+def test_cli_explanation_is_as_wide_as_the_terminal(random_model, cli, monkeypatch):
+    for width, n_shown in ((80, 3), (100, 4), (1, 1)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        _, err = cli("a", "--model", random_model, "--explain", "--n_tokens", 4)
+        assert {len(others) for _, _, others in explained(err)} == {n_shown}
+        assert max(map(len, err.splitlines())) <= max(width, 55)
+
+
+@pytest.mark.parametrize(
+    "token, text",
+    [
+        (b" cat", "' cat'     "),
+        (b"\n\t", r"'\n\t'     "),
+        (b"it's", '"it\'s"     '),
+        (b"\xe2\x82", r"b'\xe2\x82'"),
+        (b"\xe2\x82\xff", r"b'\xe2\x82…"),
+        ("é".encode(), "'é'        "),
+        ("中文".encode(), "'中文'     "),
+        ("中文中文中".encode(), "'中文中文… "),
+        (b"exactly 9", "'exactly 9'"),
+        (b"exactly 10", "'exactly 1…"),
+        (b"<|endoftext|>", "'<|endofte…"),
+        (b"\x1b[2J", r"'\x1b[2J'  "),
+    ],
+)
+def test_show_token_is_unambiguous_and_fills_its_column(token, text):
+    enc = encoder.Encoder([token, b"<|endoftext|>"], eot=1)
+    assert gpt2.show_token(enc, 0) == text
+    assert gpt2.columns(text) == 11
+    assert gpt2.show_token(enc, 1) == "end of text"
+
+
+def test_show_percent_rounds_to_neither_0_nor_100():
+    shown = {0: "0.0%", 1e-9: "<0.1%", 4.9e-4: "<0.1%", 6e-4: "0.1%", 0.5: "50.0%", 0.999: "99.9%"}
+    shown |= {0.9996: ">99.9%", 1 - 1e-9: ">99.9%", 1.0: "100.0%"}
+    assert {p: gpt2.show_percent(p) for p in shown} == shown
 
 
 def test_cli_writes_n_samples(cat, random_model, cli):
