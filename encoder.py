@@ -456,8 +456,13 @@ def vocabulary_size(text):
 def parse_args():
     """Return the arguments of `python encoder.py`."""
     parser = utils.ArgumentParser(
-        description="Learn a tokenizer from text, and encode text to token ids for training.",
-        epilog="example: python encoder.py encode stories.txt --tokenizer 124M --out stories.bin",
+        description="Learn a tokenizer from text, and encode text to token ids for training. Each "
+        "command has a --help of its own.",
+        examples=[
+            "python encoder.py train stories.txt --out tokenizer.bin",
+            "python encoder.py encode stories.txt --tokenizer 124M --out stories.bin",
+            "python encoder.py encode --help",
+        ],
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     sub = commands.add_parser(
@@ -466,7 +471,10 @@ def parse_args():
         description="Learn a byte-level BPE tokenizer, with GPT-2's way of splitting text. Its "
         "tokens are the 256 bytes, the most frequent merges, and <|endoftext|>, which in the text "
         "separates documents. All the text's different words are held in memory.",
-        epilog="example: python encoder.py train stories.txt --n_vocab 1024 --out tokenizer.bin",
+        examples=[
+            "python encoder.py train stories.txt --out tokenizer.bin",
+            "python encoder.py train part1.txt part2.txt --n_vocab 8192 --out 8192.bin",
+        ],
     )
     sub.add_argument("texts", metavar="TEXT", nargs="+", type=Path, help="a text file (UTF-8)")
     sub.add_argument("--n_vocab", type=vocabulary_size, default=1024, help="how many tokens")
@@ -476,17 +484,21 @@ def parse_args():
         help="encode text to token ids",
         description="Encode text files, of any size, to one file of token ids, each document after "
         "the id of <|endoftext|>. It is llm.c's format, which train.py reads.",
-        epilog="example: python encoder.py encode names.txt --tokenizer tokenizer.bin "
-        "--out names.bin --docs lines",
+        examples=[
+            "python encoder.py encode stories.txt --out stories.bin",
+            "python encoder.py encode names.txt --tokenizer names/tokenizer.bin \\",
+            "    --docs lines --out names.bin",
+        ],
     )
     sub.add_argument("texts", metavar="TEXT", nargs="+", type=Path, help="a text file (UTF-8)")
     sub.add_argument(
         "--tokenizer",
+        type=str,
         default="124M",
         help="a tokenizer.bin, tokenizer.json or encoder.json, a folder with one, or the name of "
         "a model in models/",
     )
-    sub.add_argument("--out", type=Path, required=True, help="the file to write")
+    sub.add_argument("--out", type=Path, required=True, help="the file to write (required)")
     sub.add_argument(
         "--docs",
         choices=SEPARATORS,

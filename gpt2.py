@@ -894,35 +894,43 @@ def parse_args(argv=None):
     """Parse the command line; exit with status 2 and one line for a bad argument."""
     parser = utils.ArgumentParser(
         prog="gpt2.py",
-        description="Continue a text with GPT-2. Only the generated text goes to standard output.",
-        epilog='example: python gpt2.py "The meaning of life is" --n_tokens 60 --temperature 0.8 '
-        "--top_p 0.95 --seed 1",
+        usage="%(prog)s [PROMPT] [flags]",
+        description="Continue a text with GPT-2, on NumPy. Only the generated text goes to "
+        "standard output: notes, speeds and explanations go to standard error.",
+        examples=[
+            'python gpt2.py "The meaning of life is"',
+            'python gpt2.py "Once upon a time" --n_tokens 200 --temperature 0.8 --seed 1',
+            'python gpt2.py "Q: What is 2 + 2? A:" --stop "Q:" --explain',
+            "python gpt2.py - --model models/mine --n_samples 3 --top_p 0.9 < prompt.txt",
+        ],
     )
     positive = utils.positive_int
-    parser.add_argument(
-        "prompt", nargs="?", default="", help="text to continue; - reads it from standard input"
-    )
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="text to continue; "
+        "- reads it from standard input; without one the model starts a text")  # fmt: skip
     add = parser.add_argument_group("model").add_argument
-    add("--model", help="124M, 355M, 774M, 1558M, another in models_dir, or the path of a model; "
-        "without it 124M, or stories where that is not there and there is no network")  # fmt: skip
-    add("--models_dir", default=utils.MODELS_DIR, help="folder of the models")
+    add("--model", type=str, help="124M, 355M, 774M or 1558M, another in --models_dir, or a path; "
+        "one of these four is downloaded if it is not there (default: 124M, or stories where that "
+        "is not there and there is no network)")  # fmt: skip
+    add("--models_dir", type=Path, default=utils.MODELS_DIR, help="folder of the models")
     add = parser.add_argument_group("text").add_argument
     add("--n_tokens", type=positive, default=40, help="tokens to generate at most")
-    add("--stop", action="append", default=[], help="end before this text; may be repeated")
+    add("--stop", action="append", default=[], help="end before this text; may be repeated "
+        "(default: end at the end-of-text token only)")  # fmt: skip
     add("--n_samples", type=positive, default=1, help="continuations to write")
     add("--interactive", action="store_true", help="read a prompt a line until end of input")
     add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=float, default=0.0, help="0 takes the most probable token each time")
-    add("--top_k", type=int, help="sample from the k most probable tokens")
-    add("--top_p", type=float, help="sample from the fewest tokens of this total probability")
+    add("--temperature", type=float, default=0.0, help="the logits are divided by it: below 1 "
+        "makes the probable more probable; 0 takes the most probable token each time")  # fmt: skip
+    add("--top_k", type=int, help="sample from the k most probable tokens (default: from all)")
+    add("--top_p", type=float, help="sample from the fewest tokens of this total probability "
+        "(default: from all)")  # fmt: skip
     add("--repetition_penalty", type=float, default=1.0, help="over 1 discourages tokens seen")
-    add("--seed", type=int, help="makes samples repeatable; sample i draws from seed + i")
-    parser.add_argument(
-        "--explain",
-        action="store_true",
-        help="write to standard error, for each token, its probability and the most probable ones",
-    )
-    parser.add_argument("--stats", action="store_true", help="report the speed to standard error")
+    add("--seed", type=int, help="makes samples repeatable; sample i draws from seed + i "
+        "(default: different each time)")  # fmt: skip
+    add = parser.add_argument_group("reports, on standard error").add_argument
+    add("--explain", action="store_true", help="a line for each token: its probability, and the "
+        "most probable ones, as it was drawn from; at temperature 0, those of 1")  # fmt: skip
+    add("--stats", action="store_true", help="the speed of reading and of writing")
     args = parser.parse_args(argv)
     try:
         check_sampling(*(getattr(args, name) for name in SAMPLING))

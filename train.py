@@ -672,7 +672,14 @@ def make_parser():
         prog="train.py",
         description="Train GPT-2 on your own text, from scratch or from a model. Ctrl-C saves and "
         "exits; --resume goes on, to the same result as if the run had never stopped.",
-        epilog="example: python train.py --data stories.txt --out models/stories",
+        usage="%(prog)s --data PATH [flags]\n       %(prog)s --resume --out PATH [flags]",
+        examples=[
+            "python train.py --data stories.txt",
+            "python train.py --data stories.txt --n_layer 6 --n_embd 192 --steps 8000",
+            "python train.py --data letters.txt --init 124M --out models/letters",
+            "python train.py --resume --out models/letters",
+            "python train.py --eval_only --init models/letters --data others.txt",
+        ],
     )
 
     def add_all(title, *flags):
@@ -685,56 +692,61 @@ def make_parser():
 
     add_all(
         "data",
-        ("data", Path, "a text file, or a tokens .bin made by `encoder.py encode`"),
-        ("val_data", Path, "the same for validation; without it, the last tenth of --data"),
-        ("tokenizer", str, "a tokenizer file, or a folder or model that has one; without it, that "
-         "of --init, or the tokenizer.bin beside a .bin, or one learned from the text"),
+        ("data", Path, "a text file, or a tokens .bin made by `encoder.py encode` (required "
+         "without --resume)"),
+        ("val_data", Path, "the same for validation (default: the last tenth of --data)"),
+        ("tokenizer", str, "a tokenizer file, or a folder or model that has one (default: that of "
+         "--init, or the tokenizer.bin beside a .bin, or one learned from the text)"),
         ("n_vocab", positive, "size of the vocabulary that is learned from a text"),
-        ("docs", list(encoder.SEPARATORS), "what a document of a text is, as in `encoder.py`"),
+        ("docs", list(encoder.SEPARATORS), "what a document of a text is: see encoder.py encode"),
     )  # fmt: skip
     add_all(
         "model",
-        ("init", str, "scratch, or the name or path of a model to fine-tune"),
+        ("init", str, "scratch, or the name or path of a model to fine-tune or evaluate"),
         ("n_layer", positive, "layers of a model from scratch"),
-        ("n_head", positive, "its attention heads"),
-        ("n_embd", positive, "its channels"),
-        ("n_ctx", positive, "its tokens of context"),
+        ("n_head", positive, "attention heads of each layer"),
+        ("n_embd", positive, "channels of a model from scratch"),
+        ("n_ctx", positive, "tokens that it can look back on"),
         ("models_dir", Path, "folder of the models"),
     )
-    group = add_all("output", ("out", Path, "folder to write; without it, one named after --data"))
+    group = add_all(
+        "output",
+        ("out", Path, "folder to write (default: one in --models_dir, named after --data)"),
+    )
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
     group.add_argument("--overwrite", action="store_true", help="replace the model in --out")
-    add_all(
-        "training (with --init NAME by default: "
-        + ", ".join(f"{name} {value}" for name, value in FINE_TUNING.items())
-        + ")",
+    group = add_all(
+        "training",
         ("steps", positive, "steps of the optimizer in all"),
         ("batch_size", positive, "windows at a time"),
-        ("seq_len", positive, "tokens a window; without it, n_ctx, or at most 256 to fine-tune"),
+        ("seq_len", positive, "tokens a window (default: n_ctx, or at most 256 to fine-tune)"),
         ("grad_accum", positive, "batches a step, their gradients averaged"),
-        ("order", ["random", "sequential"], "of the windows"),
-        ("lr", number, "the highest learning rate; without it, 0.5 / n_embd from scratch"),
-        ("min_lr", number, "the learning rate at the end; without it, a tenth of --lr"),
+        ("order", ["random", "sequential"], "how windows follow each other"),
+        ("lr", number, "the highest learning rate (default: 0.5 / n_embd from scratch)"),
+        ("min_lr", number, "the learning rate at the end (default: a tenth of --lr)"),
         ("warmup", natural, "steps until the highest learning rate"),
-        ("decay_steps", positive, "steps until --min_lr; without it, --steps"),
+        ("decay_steps", positive, "steps until --min_lr (default: --steps)"),
         ("beta1", number, "AdamW: decay of the mean gradient"),
         ("beta2", number, "AdamW: decay of the mean squared gradient"),
         ("eps", number, "AdamW: keeps the division from overflowing"),
         ("weight_decay", number, "AdamW: decay of the matrices"),
         ("grad_clip", number, "the largest norm of the gradient"),
-        ("threads", positive, "threads that share a batch; the last bits depend on their number"),
-        ("seed", natural, "of the first weights, the order of the data, the samples"),
-    )
+        ("threads", positive, "threads that share a batch; the last bits depend on their number "
+         "(default: as many as help a model of this size)"),
+        ("seed", natural, "decides the first weights, the order of the data, the samples"),
+    )  # fmt: skip
+    tuned = ", ".join(f"{name} {value}" for name, value in FINE_TUNING.items())
+    group.description = f"With --init NAME the defaults are {tuned}."
     add_all(
         "reports",
         ("eval_every", positive, "steps between validations"),
         ("eval_tokens", positive, "the most tokens that a validation takes"),
         ("save_every", positive, "steps between checkpoints"),
         ("sample_every", positive, "steps between samples"),
-        ("prompt", str, "of the samples"),
+        ("prompt", None, "beginning of the samples (default: none, they begin a text)"),
     )
     group = add_all(
-        "evaluation", ("stride", positive, "tokens between windows; without it, --seq_len")
+        "evaluation", ("stride", positive, "tokens between windows (default: --seq_len)")
     )
     group.add_argument(
         "--eval_only", action="store_true", help="only print how well --init predicts --data"

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -1697,18 +1698,45 @@ def check_hashes(part, md5, sha256):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, with errors on one line (exit status 2) and defaults in `--help`."""
+    """argparse's parser, with errors on one line (exit status 2) and a `--help` like a manual page.
+
+    `examples` are command lines. Paragraphs of the texts are wrapped, indented lines left as they
+    are; defaults are shown, but for nothing (None, False, "", []).
+    """
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):
-            nothing = (None, False, "", [])  # no default worth telling
-            return action.help if action.default in nothing else super()._get_help_string(action)
+        def __init__(self, prog):
+            width = min(80, shutil.get_terminal_size().columns)
+            super().__init__(prog, max_help_position=26, width=width)
 
-    def __init__(self, **kwargs):
+        def _fill_text(self, text, width, indent):
+            wrapper = textwrap.TextWrapper(width, indent, indent, break_on_hyphens=False)
+            lines = text.splitlines()
+            return "\n".join(x if x[:1] in ("", " ") else wrapper.fill(x) for x in lines)
+
+        def _get_help_string(self, action):
+            nothing = action.default is None or action.default is False
+            nothing = nothing or action.default in ("", [])
+            return action.help if nothing else super()._get_help_string(action)
+
+        def _get_default_metavar_for_optional(self, action):
+            return METAVARS.get(getattr(action.type, "__name__", None), "TEXT")
+
+    def __init__(self, examples=(), **kwargs):
+        parts = ["\n  ".join(["examples:", *examples]), EXIT_STATUS]
+        kwargs["epilog"] = "\n\n".join(parts[not examples :])
         super().__init__(formatter_class=self.Formatter, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+# What stands for a flag's value in --help, by its type.
+METAVARS = {"int": "N", "positive_int": "N", "natural": "N", "vocabulary_size": "N"}
+METAVARS |= {"float": "X", "number": "X", "str": "NAME", "Path": "PATH"}
+EXIT_STATUS = """exit status:
+  0 all went well; 1 an error, told in a line on standard error; 2 a bad
+  argument; 130 Ctrl-C"""
 
 
 def positive_int(text):
@@ -1743,8 +1771,13 @@ def run(main):
 def parse_args():
     """Return the arguments of `python utils.py`."""
     parser = ArgumentParser(
-        description="Get GPT-2's weights, and convert them between formats.",
-        epilog="example: python utils.py download 124M && python gpt2.py 'Hello, my name is'",
+        description="Get GPT-2's weights, and convert them between formats. Each command has "
+        "a --help of its own.",
+        examples=[
+            "python utils.py download 124M",
+            "python utils.py convert path/to/gpt2 models/mine",
+            "python utils.py convert --help",
+        ],
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_download(commands)
@@ -1760,7 +1793,10 @@ def add_download(commands):
         description="Fetch one of OpenAI's models and convert it to models/<name>/model.bin and "
         "tokenizer.bin. A download that was interrupted goes on where it stopped; one that is "
         "done is left alone. Proxies are taken from HTTPS_PROXY and its relatives.",
-        epilog="example: python utils.py download 124M",
+        examples=[
+            "python utils.py download 124M",
+            "python utils.py download 355M --models_dir /data/models",
+        ],
     )
     add = parser.add_argument
     add("name", choices=[*MODEL_NAMES, *MODEL_ALIASES], metavar="NAME", help=NAME_HELP)
@@ -1787,7 +1823,10 @@ def add_convert(commands):
         "layout (hparams.json, model.ckpt.*), in Hugging Face's (config.json, model.safetensors), "
         "one of our model folders, or a model .bin file. What TARGET holds is replaced only when "
         "the whole of SOURCE has been read and verified.",
-        epilog="example: python utils.py convert path/to/gpt2 models/mine",
+        examples=[
+            "python utils.py convert path/to/gpt2 models/mine",
+            "python utils.py convert models/mine path/to/hf --to hf",
+        ],
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", type=Path, help="a folder, or a model .bin file")

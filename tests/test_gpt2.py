@@ -1810,6 +1810,7 @@ def test_cli_help_shows_defaults(capsys):
     for flag in ("--n_tokens", "--temperature", "--top_k", "--stop", "--interactive", "--stats"):
         assert flag in out
     assert "default: 40" in out
+    assert "default: 0.0" in out
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error there")
