@@ -33,8 +33,9 @@ import regex
 # Splitting: nothing is ever merged across two pieces, so that "dog." and "dog!" share a token
 
 # GPT-2's pieces: letters, punctuation or digits, each with a space before it, contractions, and
-# whitespace, which leaves its last character to what follows. Here in the order that is fastest;
-# only that contractions come before punctuation makes a difference.
+# whitespace, which leaves its last character to what follows (from OpenAI's encoder.py;
+# Radford et al. 2019, 2.2). Here in the order that is fastest; only that contractions come before
+# punctuation makes a difference.
 PIECES = regex.compile(r" ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+| ?\p{N}+|\s+(?!\S)|\s+")
 
 # No piece goes on from a letter to a non-letter or from a non-space to a space, and none depends on
@@ -61,6 +62,7 @@ def merge(piece, ids):
 
     A part is known by where it starts. The queue has every pair that is a token, and some whose
     parts were merged otherwise since, so that merging n bytes takes O(n log n) steps.
+    Sennrich et al. 2016, arXiv:1508.07909, 3.2.
     """
     n = len(piece)
     start = list(range(-1, n))  # start[i]: where the part that ends at i starts
@@ -211,6 +213,7 @@ def train(texts, n_vocab):
     The table is 256 bytes, in GPT-2's order, then the merges, most frequent first, then
     <|endoftext|>, which in the texts separates documents. The texts decide the table, their order
     does not. Raises ValueError if n_vocab < 257, or if the texts have too few pairs to merge.
+    Sennrich et al. 2016, arXiv:1508.07909, algorithm 1, on bytes.
 
         >>> train("banana bandana", 260).tokens[256:]
         [b'an', b'ban', b'ana', b'<|endoftext|>']
@@ -513,6 +516,7 @@ def parse_args():
 
 
 def main():
+    """Run the command line: `python encoder.py --help`."""
     args = parse_args()
     n_bytes = sum(os.path.getsize(path) for path in args.texts)
     if args.command == "train":

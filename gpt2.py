@@ -10,7 +10,8 @@ cache, adds the gradients of the parameters to `d` (a tree of the same names as 
 the gradient of the input. Its lines undo the forward's, last line first.
 
 Shapes: B batch, T tokens (queries), S tokens seen (keys), C channels, H heads, D = C / H,
-V vocabulary. No layer names a dtype: float32 parameters compute in float32, float64 in float64.
+V vocabulary; a gradient has the shape of what it is the gradient of. No layer names a dtype:
+float32 parameters compute in float32, float64 in float64.
 """
 
 import copy
@@ -33,7 +34,11 @@ import encoder
 
 
 def embed(tokens, positions, p):
-    """Look up token and position embeddings: tokens (B, T), positions (B or 1, T) -> (B, T, C)."""
+    """Look up token and position embeddings: tokens (B, T), positions (B or 1, T) -> (B, T, C).
+
+    Both are learned, as in Radford et al. 2018, "Improving Language Understanding by Generative
+    Pre-Training".
+    """
     return p.wte[tokens] + p.wpe[positions], (tokens, positions)
 
 
@@ -79,7 +84,7 @@ def row_sum(*factors):
 
 
 def row_mean(*factors):
-    """The mean instead of the sum."""
+    """The mean instead of the sum: (..., C) -> (..., 1)."""
     return row_sum(*factors) / factors[0].shape[-1]
 
 
@@ -169,7 +174,7 @@ def attend(q, k, v, positions):
     q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D): softmax(q k^T / sqrt(D)) v. Key s is at
     position s, query t of row b at positions[b, t], and sees the keys s <= positions[b, t] only:
     a block of queries is compared with the keys that its last one sees, and no later ones.
-    Vaswani et al. 2017, arXiv:1706.03762.
+    Vaswani et al. 2017, arXiv:1706.03762, 3.2.1.
     """
     B, H, T, D = q.shape
     out = np.empty((B, T, H, D), q.dtype).transpose(0, 2, 1, 3)  # so that merging heads is free
@@ -238,6 +243,7 @@ def attention(x, p, n_head, positions, past=None):
     """Multi-head causal self-attention: x (B, T, C) -> (B, T, C).
 
     With `past`, one layer of a KVCache, the keys and values of earlier calls are seen too.
+    Vaswani et al. 2017, 3.2.2.
     """
     qkv, x = linear(x, p.c_attn)  # (B, T, 3C)
     q, k, v = split_heads(qkv, n_head)  # (B, H, T, D) each
@@ -271,7 +277,10 @@ def merge_heads(x):
 
 
 def mlp(x, p):
-    """Two linear layers with GELU between them, 4C wide inside: x (B, T, C) -> (B, T, C)."""
+    """Two linear layers with GELU between them, 4C wide inside: x (B, T, C) -> (B, T, C).
+
+    Vaswani et al. 2017, 3.3, there with ReLU.
+    """
     h, x = linear(x, p.c_fc)  # (B, T, 4C)
     h, activation = gelu(h)
     out, h = linear(h, p.c_proj)  # (B, T, C)
@@ -289,7 +298,8 @@ def mlp_backward(dout, cache, p, d):
 def block(x, p, n_head, positions, past=None):
     """One transformer block: attention, then MLP, each added to the residual stream (B, T, C).
 
-    GPT-2 normalises the input of each branch, not its output (pre-norm; Radford et al. 2019, 2.3).
+    The sums are the residual connections of He et al. 2015, arXiv:1512.03385. GPT-2 normalises the
+    input of each branch, not its output (pre-norm; Radford et al. 2019, 2.3).
     """
     h, ln_1 = layer_norm(x, p.ln_1)
     h, attn = attention(h, p.attn, n_head, positions, past)
@@ -319,6 +329,7 @@ def forward(params, tokens, kv=None, record=None):
 
     With kv, a KVCache of batch size B, `tokens` continue those of earlier calls and only they are
     computed. Row t of the logits depends on tokens 0..t only. The dtype is that of the parameters.
+    The head is wte once more (tied weights; Press and Wolf 2016, arXiv:1608.05859).
     `record`, a dict, receives what the model computes on the way, by name: the residual stream as
     "embed" and, after block 3, "h3"; within a block what `name_activations` says, as
     "h3.attn.att"; "ln_f" and "logits". Their shapes begin with B only if that of `tokens` does.
@@ -381,6 +392,14 @@ def transformer(params, tokens, kv=None, caches=None, record=None):
     return x
 
 
+def transformer_backward(dx, caches, params, grads):
+    """Add to grads what dx (B, T, C), the gradient of the transformer's output, implies."""
+    dx = layer_norm_backward(dx, caches.pop(), params.ln_f, grads.ln_f)
+    for p, d in zip(reversed(params.h), reversed(grads.h), strict=True):
+        dx = block_backward(dx, caches.pop(), p, d, params.config.n_head)
+    embed_backward(dx, caches.pop(), grads)
+
+
 def name_activations(cache, p):
     """Return what the cache of a block holds, by name; all are (B, T, C) but where it says more.
 
@@ -401,14 +420,6 @@ def name_activations(cache, p):
     return named | {f"mlp.{name}": array for name, array in mlp.items()}
 
 
-def transformer_backward(dx, caches, params, grads):
-    """Add to grads what dx (B, T, C), the gradient of the transformer's output, implies."""
-    dx = layer_norm_backward(dx, caches.pop(), params.ln_f, grads.ln_f)
-    for p, d in zip(reversed(params.h), reversed(grads.h), strict=True):
-        dx = block_backward(dx, caches.pop(), p, d, params.config.n_head)
-    embed_backward(dx, caches.pop(), grads)
-
-
 IGNORE = -1  # a target that takes no part in the loss
 
 
@@ -427,7 +438,7 @@ def cross_entropy(logits, targets):
 
 
 def cross_entropy_backward(dout, cache):
-    """dlogits = dout (softmax(logits) - onehot(target)), in the memory of the logits."""
+    """dlogits = dout (softmax(logits) - onehot(target)), in the memory of the logits: (N, V)."""
     exp, total, targets = cache
     dout = np.where(targets == IGNORE, 0, dout)
     dlogits = exp
@@ -510,6 +521,7 @@ def check_targets(config, tokens, targets):
 class KVCache:
     """The keys and values of the tokens read so far, so that each token is computed once.
 
+    Incremental inference is described in Shazeer 2019, arXiv:1911.02150.
     `layers` (L, 2, B, H, n_ctx, D) is allocated at the start and filled from position 0 up;
     `length` (B,) counts the tokens in each row, which need not be equal. It takes
     8 B n_ctx n_layer n_embd bytes in float32: 75 MB a row for 124M, touched only as it fills.
@@ -748,11 +760,13 @@ class TextStream:
         self.decoder, self.held = enc.stream(), ""
 
     def feed(self, id):
+        """Return the text, possibly none, that is ready after one more id."""
         if self.done or id == self.enc.eot:
             return self.flush()
         return self._release(self.decoder.feed(id))
 
     def flush(self):
+        """Return the text that was held back; there will be no more."""
         text = "" if self.done else self._release(self.decoder.flush()) + self.held
         self.held, self.done = "", True
         return text
@@ -982,6 +996,7 @@ def find_default_model(models_dir):
 
 
 def main(argv=None):
+    """Run the command line: `python gpt2.py --help`."""
     args, parser = parse_args(argv)
     if args.model is None:
         path = find_default_model(args.models_dir)
