@@ -12,6 +12,7 @@ import base64
 import contextlib
 import ctypes
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -90,6 +91,15 @@ def blas_kernels():
     return corename().decode()
 
 
+def shown(value, longest=80):
+    """Return what a file or server sent as text for a message: short, and safe to print."""
+    try:
+        text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    except RecursionError:  # JSON can be nested deeper than repr goes
+        text = f"a nested {type(value).__name__}"
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
 # ----------------------------------------------------------------------------------------------
 # The parameters: one packed buffer, and a named view of every array in it
 
@@ -98,7 +108,7 @@ def blas_kernels():
 class Config:
     """The hyper-parameters of a GPT-2, named as in OpenAI's `hparams.json`; the defaults are 124M.
 
-    Raises ValueError if a value is not a positive whole number or n_head does not divide n_embd.
+    Raises ValueError if a value is not a positive int below 2**31 or n_head does not divide n_embd.
     """
 
     n_vocab: int = 50257
@@ -109,8 +119,11 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} = {value!r} is not a positive whole number")
+            if type(value) is not int or not 1 <= value < 2**31:  # the .bin header has 32 bits
+                value = repr(value) if isinstance(value, str) else value
+                raise ValueError(
+                    f"{name} = {shown(value)} is not a positive whole number below 2**31"
+                )
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
 
@@ -222,27 +235,69 @@ def atomic_write(path):
     """Open a temporary file for writing bytes; when the block ends well, rename it to `path`.
 
     A reader sees the old file or the whole new one, never a part, whenever the process dies: the
-    bytes are on the disk before the rename. After an error the old file is untouched.
+    bytes are on the disk before the rename. After an error the old file is untouched. What a
+    process that died has left goes when the same file is written again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            sync(file)
-        os.replace(temporary, path)
-    except BaseException as error:
+        with naming(path):
+            with open(temporary, "wb") as file:
+                try_lock(file)  # says that its writer lives
+                yield file
+                sync(file)
+            os.replace(temporary, path)
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(path)  # "No space left on device" should say where
         raise
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Add a path to an OSError that has none: "No space left on device" should say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def remove_leftovers(path):
+    """Remove the temporary files of `path` whose writers have died: nobody holds their locks."""
+    for old in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            with open(old, "r+b") as file:
+                is_free = try_lock(file, without_locks=False)
+            if is_free:
+                old.unlink()
 
 
 def sync(file):
     """Return when everything written to the file so far is on the disk."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def try_lock(file, without_locks=True):
+    """Return whether the lock of an open file is ours now; `without_locks` where there are none."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # some network file systems
+        return without_locks
+    return True
 
 
 # ----------------------------------------------------------------------------------------------
@@ -397,8 +452,8 @@ def load_tokens(path):
     Raises FileNotFoundError, or ValueError if it is not a tokens file of the right length.
     """
     _, _, n_tokens, n_vocab, *_ = read_header(path, TOKENS_MAGIC, (1,))
-    if n_tokens < 0:
-        raise ValueError(f"{path}: header claims {n_tokens} tokens")
+    if n_tokens < 0 or not 0 <= n_vocab <= 65536:
+        raise ValueError(f"{path}: header claims {n_tokens} tokens of a vocabulary of {n_vocab}")
     check_size(path, HEADER_BYTES + 2 * n_tokens, f"a tokens file of {n_tokens} tokens")
     if n_tokens == 0:
         return np.zeros(0, np.uint16), n_vocab
@@ -511,7 +566,7 @@ def token_bytes(path, text):
     try:
         return bytes([UNICODE_TO_BYTE[character] for character in text])
     except KeyError:
-        raise ValueError(f"{path}: token {text[:40]!r} is not in GPT-2's byte alphabet") from None
+        raise ValueError(f"{path}: token {shown(text)} is not in GPT-2's byte alphabet") from None
 
 
 def read_json(path):
@@ -543,7 +598,7 @@ def read_json_tokenizer(path):
     for token, id in ids.items():
         if type(id) is not int or not 0 <= id < len(ids) or tokens[id] is not None:
             raise ValueError(
-                f"{path}: token {token[:40]} has id {id!s:.40}, but {len(ids)} tokens must "
+                f"{path}: token {token[:40]} has id {shown(id)}, but {len(ids)} tokens must "
                 f"have the ids 0 to {len(ids) - 1}, each once"
             )
         tokens[id] = token
@@ -570,7 +625,7 @@ def parse_merges(path, merges):
     pairs = [merge.split(" ") if type(merge) is str else merge for merge in merges]
     for pair in pairs:
         if type(pair) is not list or [type(part) for part in pair] != [str, str]:
-            raise ValueError(f"{path}: merge {pair!s:.80} is not a pair of tokens")
+            raise ValueError(f"{path}: merge {shown(pair)} is not a pair of tokens")
     return pairs
 
 
@@ -595,7 +650,7 @@ def parse_hugging_face(path, data):
     for name, (found, expected) in settings.items():
         if found != expected:
             raise ValueError(
-                f"{path}: {name} is {found!s:.40}, but GPT-2's tokenizer has {expected}: "
+                f"{path}: {name} is {shown(found)}, but GPT-2's tokenizer has {expected}: "
                 "this is another kind of tokenizer"
             )
     added = data.get("added_tokens") or []
@@ -657,13 +712,13 @@ def recover_merges(tokens, eot):
     merges = []
     for id, token in enumerate(tokens):
         parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [ids.get(left + right, id) for left, right in itertools.pairwise(parts)]
-            lowest = min(pairs)
-            if lowest == id:
-                break
+        pairs = [ids.get(left + right, id) for left, right in itertools.pairwise(parts)]
+        while len(parts) > 2 and (lowest := min(pairs)) < id:
             at = pairs.index(lowest)
             parts[at : at + 2] = [tokens[lowest]]
+            del pairs[at]
+            for i in range(max(at - 1, 0), min(at + 1, len(pairs))):
+                pairs[i] = ids.get(parts[i] + parts[i + 1], id)
         if len(parts) == 2 and id != eot:
             merges.append(tuple(parts))
     return merges
@@ -711,12 +766,13 @@ def check_tensors(path, wanted, found):
             raise ValueError(f"{path}: tensor {name} has shape {entry.shape}, expected {shape}")
         if entry.dtype not in FLOATS:
             raise ValueError(
-                f"{path}: tensor {name} has dtype {entry.dtype}, can read only {', '.join(FLOATS)}"
+                f"{path}: tensor {name} has dtype {shown(entry.dtype)}, can read only "
+                f"{', '.join(FLOATS)}"
             )
         names.add(name)
     extra = sorted(set(found) - names)
     if extra:
-        raise ValueError(f"{path}: not a GPT-2 of this size: unexpected tensor {extra[0]}")
+        raise ValueError(f"{path}: not a GPT-2 of this size: unexpected tensor {shown(extra[0])}")
 
 
 def read_tensor(entry):
@@ -940,9 +996,10 @@ def check_bundle_size(index_path, data_path, entries):
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)):
         if entry.offset < end:
-            raise DamagedFile(index_path, f"tensor {name} overlaps the one before")
+            raise DamagedFile(index_path, f"tensor {shown(name)} overlaps the one before")
         if entry.dtype == "F32" and entry.size != 4 * math.prod(entry.shape):
-            raise DamagedFile(index_path, f"tensor {name}: {entry.size} bytes for {entry.shape}")
+            found = f"{entry.size} bytes for {entry.shape}"
+            raise DamagedFile(index_path, f"tensor {shown(name)}: {found}")
         end = entry.offset + entry.size
     found = data_path.stat().st_size
     if found != end:
@@ -1005,6 +1062,7 @@ HF_SETTINGS = {  # in `config.json`: what GPT-2 is, the first value being that o
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
+HF_SHARD = re.compile(r"[\w-][\w.-]{,99}\.safetensors", re.ASCII)  # a file name, never a path
 HF_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, not a parameter
 
 
@@ -1037,7 +1095,8 @@ def read_safetensors(path):
     entries = {name: safetensors_entry(path, name, info, end) for name, info in header.items()}
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)):
         if entry.offset != end:
-            raise DamagedFile(path, f"tensor {name} begins at byte {entry.offset}, expected {end}")
+            found = f"begins at byte {entry.offset}, expected {end}"
+            raise DamagedFile(path, f"tensor {shown(name)} {found}")
         end += entry.size
     if end != n_bytes:
         raise DamagedFile(path, f"{n_bytes} bytes, but its header describes {end}")
@@ -1050,13 +1109,13 @@ def safetensors_entry(path, name, info, data_start):
         dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
     except (TypeError, KeyError, ValueError):
         dtype, shape, start, end = None, (), 0, 0
-    numbers = (*shape, start, end)
+    numbers, what = (*shape, start, end), f"tensor {shown(name)}"
     if not isinstance(dtype, str) or len(shape) > 8 or not all(type(n) is int for n in numbers):
-        raise DamagedFile(path, f"tensor {name} has no proper dtype, shape and data_offsets")
-    if min(numbers) < 0 or end < start:
-        raise DamagedFile(path, f"tensor {name}: shape {shape}, bytes {start} to {end}")
+        raise DamagedFile(path, f"{what} has no proper dtype, shape and data_offsets")
+    if not all(0 <= n < 2**63 for n in numbers) or end < start:
+        raise DamagedFile(path, f"{what}: " + shown(f"shape {shape}, bytes {start} to {end}"))
     if dtype in FLOATS and end - start != math.prod(shape) * np.dtype(FLOATS[dtype]).itemsize:
-        raise DamagedFile(path, f"tensor {name}: {end - start} bytes for {shape} in {dtype}")
+        raise DamagedFile(path, f"{what}: {end - start} bytes for {shape} in {dtype}")
     return SimpleNamespace(
         path=path, dtype=dtype, shape=shape, offset=data_start + start, size=end - start
     )
@@ -1069,16 +1128,16 @@ def hf_tensors(folder):
     if index.exists() and not paths[0].exists():
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(
-            isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()
+            isinstance(shard, str) and HF_SHARD.fullmatch(shard) for shard in shards.values()
         ):
-            raise DamagedFile(index, "no proper weight_map")
+            raise DamagedFile(index, "no weight_map that names safetensors files beside it")
         paths = [folder / shard for shard in sorted(set(shards.values()))]
     entries = {}
     for path in paths:
         for name, entry in read_safetensors(path).items():
             short = name.removeprefix("transformer.")
             if short in entries:
-                raise ValueError(f"{path}: tensor {name} is there twice")
+                raise ValueError(f"{path}: tensor {shown(name)} is there twice")
             if not HF_BUFFER.fullmatch(short):
                 entries[short] = entry
     return entries
@@ -1130,7 +1189,8 @@ def read_hf_config(path):
         value = found.get(name, values[0])
         if value not in values:
             expected = " or ".join(map(repr, values))
-            raise ValueError(f"{path}: {name} = {value!r}, GPT-2 as written here has {expected}")
+            found = shown(repr(value) if isinstance(value, str) else value)
+            raise ValueError(f"{path}: {name} = {found}, GPT-2 as written here has {expected}")
     return config
 
 
@@ -1358,6 +1418,8 @@ SHA256_124M = {  # from a secondary source: a mismatch is told, and the tensors'
 }
 TIMEOUTS = (5, 30)  # seconds to connect, and to wait for the next bytes
 MOST_FAILURES = 5  # in a row, without a byte of progress
+LONGEST_PAUSE = 60  # seconds, however long a busy server asks to wait
+SIZE = "[0-9]{1,18}"  # in a header
 
 
 def resolve_name(name):
@@ -1387,8 +1449,6 @@ def download(name, models_dir=MODELS_DIR, base_url=None, keep=False, pause=time.
     folder.parent.mkdir(parents=True, exist_ok=True)
     with only_process(folder.with_name(f".{name}.lock")), remove_if_empty(folder, work):
         problem = find_problem(folder)
-        for path in folder.glob("*.bin.*.tmp"):  # of a process that was killed
-            path.unlink()
         if problem is None:  # another process has done it, or one was stopped while cleaning up
             note(f"{folder}: already downloaded")
         else:
@@ -1448,36 +1508,33 @@ def remove_if_empty(*folders):
 def only_process(path):
     """Hold the lock of a file, having waited for another process that holds it.
 
-    The operating system frees the lock of a process that dies. The file is removed at a good
-    end: whoever still waits for it will find the work done.
+    The operating system frees the lock of a process that dies. The file is removed at the end:
+    whoever still waits for it then locks a new one. Where files have no locks, two at once would
+    fail their checksums, no worse.
     """
-    with open(path, "ab") as file:
+    file = open_locked(path)
+    try:
+        yield
+    finally:
+        if os.name == "nt":  # which removes no open file
+            file.close()
+        with contextlib.suppress(OSError):
+            path.unlink()
+        file.close()
+
+
+def open_locked(path):
+    """Return the file of that path, made if need be, open and with its lock ours."""
+    while True:
+        file = open(path, "ab")  # noqa: SIM115  (it stays open)
         if not try_lock(file):
             note(f"{path}: waiting for another download of this model to end")
             while not try_lock(file):
                 time.sleep(0.2)
-        yield
-    with contextlib.suppress(OSError):
-        path.unlink()
-
-
-def try_lock(file):
-    """Return whether the lock of an open file is ours now; True where files have no locks."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        pass  # some network file systems: two at once would fail their checksums, no worse
-    return True
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()  # whoever had the lock has removed the file
 
 
 def fetch_all(url, folder, reported_sha256, pause):
@@ -1523,12 +1580,12 @@ def fetch(url, path, sha256=None, reached=False, pause=time.sleep):
         reached = reached or not is_unreachable(problem)
         failures = 1 if size_of(part) > best else failures + 1
         best = max(best, size_of(part))
-        reason = root_cause(problem)
+        reason = shown(str(root_cause(problem)).strip(), 400)
         if failures >= (MOST_FAILURES if reached else 2):
             if isinstance(problem, DamagedFile):
                 raise ValueError(f"{url}: {reason}")
             raise ConnectionError(f"{url}: {reason}. {NETWORK_ADVICE}")
-        seconds = 2 ** (failures - 1)
+        seconds = max(2 ** (failures - 1), getattr(problem, "pause", 0))
         note(f"{path.name}: {reason}; trying again in {seconds} s")
         pause(seconds)
 
@@ -1584,7 +1641,8 @@ def fetch_once(url, path, part, sha256):
         try:
             answer = requests.get(url, headers=headers, stream=True, timeout=TIMEOUTS)
         except ValueError as error:
-            raise ValueError(f"{url}: not an address to download from: {error}") from None
+            reason = shown(str(error), 400)
+            raise ValueError(f"{url}: not an address to download from: {reason}") from None
         with answer:
             check_answer(url, answer, part)
             state = begin_part(answer, part, have, state)
@@ -1608,32 +1666,53 @@ def read_state(part):
         state = read_json(state_path(part))
     except (OSError, ValueError):
         return None
-    return state if set(state) == {"size", "md5", "validator"} else None
+    kinds = {"size": int, "md5": str, "validator": str}
+    good = set(state) == set(kinds) and all(
+        state[name] is None or type(state[name]) is kind for name, kind in kinds.items()
+    )
+    return state if good else None
 
 
 def check_answer(url, answer, part):
     """Raise ConnectionError for a failure that may pass, OSError or ValueError for another."""
-    status = f"HTTP status {answer.status_code} {answer.reason or ''}".strip()
+    status = f"HTTP status {answer.status_code} {shown(answer.reason or '')}".strip()
     if answer.status_code == 416:
         part.unlink(missing_ok=True)
         raise ConnectionError(f"{status}: cannot go on, starting over")
     if answer.status_code in (408, 425, 429) or answer.status_code >= 500:
-        raise ConnectionError(status)
+        error = ConnectionError(status)
+        error.pause = seconds_to_wait(answer.headers.get("Retry-After", ""))
+        raise error
     if answer.status_code not in (200, 206):
         raise OSError(f"{url}: {status}")
     kind = answer.headers.get("Content-Type", "")
     if re.search(r"\b(html|xml)\b", kind.lower()):
-        raise ValueError(f"{url}: the server sent a page ({kind}) instead of the file")
+        raise ValueError(f"{url}: the server sent a page ({shown(kind)}) instead of the file")
     encoding = answer.headers.get("Content-Encoding", "identity").lower()
     if encoding not in ("", "identity"):
-        raise ValueError(f"{url}: the server sent the file encoded ({encoding}), not as it is")
+        raise ValueError(f"{url}: the server sent the file encoded ({shown(encoding)})")
+
+
+def seconds_to_wait(text):
+    """Return the seconds that a Retry-After header asks for, LONGEST_PAUSE at most; 0 if none."""
+    from email.utils import parsedate_to_datetime
+
+    text = text.strip()
+    if re.fullmatch("[0-9]{1,9}", text):
+        seconds = int(text)
+    else:
+        try:
+            seconds = math.ceil(parsedate_to_datetime(text).timestamp() - time.time())
+        except (TypeError, ValueError, IndexError, OverflowError, OSError):  # not a date
+            return 0
+    return min(max(seconds, 0), LONGEST_PAUSE)
 
 
 def begin_part(answer, part, have, state):
     """Make `part` ready for the bytes of an answer to be appended; return the state of it."""
     if answer.status_code == 206:
         found = re.fullmatch(
-            r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", "").strip()
+            rf"bytes ({SIZE})-{SIZE}/({SIZE}|\*)", answer.headers.get("Content-Range", "").strip()
         )
         as_asked = found and have and int(found[1]) == have
         if not as_asked or found[2] not in ("*", str(state["size"] or "*")):
@@ -1643,11 +1722,12 @@ def begin_part(answer, part, have, state):
     part.unlink(missing_ok=True)
     length, etag = answer.headers.get("Content-Length", ""), answer.headers.get("ETag", "")
     state = {
-        "size": int(length) if length.isdecimal() else None,
+        "size": int(length) if re.fullmatch(SIZE, length) else None,
         "md5": answer.headers.get("Content-MD5"),
         "validator": etag if etag.startswith('"') else answer.headers.get("Last-Modified"),
     }
-    state_path(part).write_text(json.dumps(state), encoding="utf-8")
+    with atomic_write(state_path(part)) as file:
+        file.write(json.dumps(state).encode("utf-8"))
     return state
 
 
@@ -1656,21 +1736,17 @@ def receive(url, answer, part, size):
     from tqdm import tqdm
 
     have, units = size_of(part), {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-    try:
-        with (
-            open(part, "ab") as file,
-            tqdm(desc=part.stem, total=size, initial=have, file=sys.stderr, **units) as bar,
-        ):
-            for chunk in answer.iter_content(1 << 13):  # an unfinished chunk is lost: small ones
-                if file.tell() == 0 and is_page(chunk):
-                    raise ValueError(f"{url}: the server sent a page instead of the file")
-                file.write(chunk)
-                bar.update(len(chunk))
-            sync(file)
-    except OSError as error:
-        if error.errno and error.filename is None:
-            error.filename = str(part)
-        raise
+    with (
+        naming(part),
+        open(part, "ab") as file,
+        tqdm(desc=part.stem, total=size, initial=have, file=sys.stderr, **units) as bar,
+    ):
+        for chunk in answer.iter_content(1 << 13):  # an unfinished chunk is lost: small ones
+            if file.tell() == 0 and is_page(chunk):
+                raise ValueError(f"{url}: the server sent a page instead of the file")
+            file.write(chunk)
+            bar.update(len(chunk))
+        sync(file)
     if size is not None and size_of(part) != size:
         if size_of(part) > size:
             part.unlink()

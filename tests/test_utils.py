@@ -128,7 +128,7 @@ def test_config_default_is_124m():
 
 
 @pytest.mark.parametrize(
-    "values", [{"n_head": 5}, {"n_layer": 0}, {"n_ctx": 1.5}, {"n_vocab": "x"}]
+    "values", [{"n_head": 5}, {"n_layer": 0}, {"n_ctx": 1.5}, {"n_vocab": "x"}, {"n_head": True}]
 )
 def test_config_refuses_bad_values(values):
     with pytest.raises(ValueError, match=next(iter(values))):
@@ -472,7 +472,8 @@ def test_openai_index_cut_anywhere_is_refused(tmp_path):
         ("[" * 100000, "not JSON"),
         ('{"n_vocab": 260}', "n_ctx is missing"),
         (json.dumps(vars(TINY) | {"n_head": 3}), "n_embd = 8 is not a multiple of n_head = 3"),
-        (json.dumps(vars(TINY) | {"n_layer": 10**12}), "tensor model/h2/ln_1/g is missing"),
+        (json.dumps(vars(TINY) | {"n_layer": 10**9}), "tensor model/h2/ln_1/g is missing"),
+        (json.dumps(vars(TINY) | {"n_layer": 2**31}), "n_layer = 2147483648 is not a positive"),
         (json.dumps(vars(TINY) | {"n_layer": 1}), "unexpected tensor model/h1/attn/c_attn/b"),
         (
             json.dumps(vars(TINY) | {"n_ctx": 9}),
