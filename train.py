@@ -10,7 +10,6 @@ Reading order: where a model starts (`init_params`), what it reads (`Windows`), 
 """
 
 import contextlib
-import csv
 import ctypes
 import functools
 import hashlib
@@ -26,6 +25,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import utils  # isort: skip (before NumPy: it chooses the kernels of its BLAS)
 
@@ -453,14 +453,51 @@ def load_checkpoint(folder):
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file: there is no run to resume in {folder}")
     try:
+        check_npz(path)
         with np.load(path) as state:
             meta = json.loads(str(state["meta"]))
-            params = utils.Params(utils.Config(**meta["config"]), state["params"])
-            run = Run(params, Settings(**meta["settings"]), meta["step"], meta["best_loss"])
-            run.optimizer.m[...], run.optimizer.v[...] = state["m"], state["v"]
-    except (KeyError, TypeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"{path}: not a whole checkpoint of train.py: {error}") from None
+            flat, m, v = (state[name] for name in ("params", "m", "v"))
+        params = utils.Params(utils.Config(**meta["config"]), flat)
+        run = Run(params, Settings(**meta["settings"]), meta["step"], meta["best_loss"])
+        run.optimizer.m, run.optimizer.v = m, v
+        check_run(run)
+    except Exception as error:  # of damaged files, zipfile and NumPy raise a dozen kinds
+        reason = utils.shown(str(error) or type(error).__name__)
+        raise ValueError(f"{path}: not a whole checkpoint of train.py: {reason}") from None
     return run
+
+
+def check_npz(path):
+    """Raise an error if the arrays of an .npz would take more memory than the file has bytes."""
+    left = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as file:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            size = max(info.file_size, abs(math.prod(shape)) * dtype.itemsize)
+            left -= size
+            if left < 0:
+                raise ValueError(f"{info.filename} claims {size} bytes, more than are there")
+
+
+def check_run(run):
+    """Raise ValueError unless everything in a run that was read has its type and range."""
+    for array in (run.params.flat, run.optimizer.m, run.optimizer.v):
+        if array.dtype != np.float32 or array.shape != run.params.flat.shape:
+            raise ValueError(f"an array of {array.dtype} and shape {array.shape}")
+    for name, kind in get_type_hints(Settings).items():
+        value = getattr(run.settings, name)
+        low = 1 if kind is int and name not in ("warmup", "seed") else 0
+        good = isinstance(value, kind | int if kind is float else kind)
+        if isinstance(value, int | float):
+            good = good and low <= value < math.inf and type(value) is not bool
+        if not good:
+            raise ValueError(f"{name} = {value!r}")
+    if run.settings.docs not in encoder.SEPARATORS or type(run.step) is not int or run.step < 0:
+        raise ValueError(f"docs = {run.settings.docs!r}, step = {run.step!r}")
+    if not isinstance(run.best_loss, int | float) or math.isnan(run.best_loss):
+        raise ValueError(f"best_loss = {run.best_loss!r}")
 
 
 class Log:
@@ -477,18 +514,35 @@ class Log:
 
     def add(self, *values):
         """Write a row; None is an empty cell."""
-        cells = ["" if value is None else f"{value:.6g}" for value in values]
-        with open(self.path, "a", encoding="utf-8") as file:
+        cells = ["" if x is None else str(x) if type(x) is int else f"{x:.6g}" for x in values]
+        with utils.naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(",".join(cells) + "\n")
         self.rows.append(dict(zip(self.COLUMNS, cells, strict=True)))
 
 
 def read_log(path):
-    """Return the rows of a log.csv as dicts; none if there is no such file."""
+    """Return the rows of a log.csv as dicts; none if there is no such file.
+
+    A last row that was cut short is left out. Raises ValueError for any other that is no row.
+    """
     if not Path(path).exists():
         return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]
+    text = Path(path).read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
+    header, *lines = text.split("\n")[:-1] or [",".join(Log.COLUMNS)]
+    if header != ",".join(Log.COLUMNS):
+        raise ValueError(f"{path}: begins with {utils.shown(header)}, not as a log of train.py")
+    return [parse_row(path, line) for line in lines]
+
+
+def parse_row(path, line):
+    """Return a row of log.csv as a dict {column: text}, each a number or empty."""
+    cells = line.split(",")
+    try:
+        int(cells[0])
+        list(map(float, filter(None, cells)))
+        return dict(zip(Log.COLUMNS, cells, strict=True))
+    except ValueError:
+        raise ValueError(f"{path}: {utils.shown(line)} is no row of a training log") from None
 
 
 def plot_log(rows, path):
@@ -541,7 +595,7 @@ class Reporter:
         self.run, self.enc, self.out = run, enc, out
         self.val = val[: s.eval_tokens]
         self.log = Log(out / "log.csv", run.step)
-        self.saved_step = run.step if run.step else None
+        self.saved_step = None  # a kill may have come between the two files of the last one
         self.bar = tqdm(total=s.steps, initial=run.step, unit="step", dynamic_ncols=True)
         self.time = time.perf_counter()
 
@@ -926,10 +980,11 @@ def time_step(run, data, team):
 
 def claim_folder(args, enc):
     """Make --out a folder for a new run; raises ValueError if a model is there already."""
+    resume = "--resume goes on with it, " if (args.out / "state.npz").exists() else ""
     if not args.overwrite and any((args.out / name).exists() for name in OUTPUT):
         raise ValueError(
-            f"{args.out}: there is a model already: --resume goes on with it, --overwrite "
-            "replaces it, and another --out leaves it alone"
+            f"{args.out}: there is a model already: {resume}--overwrite replaces it, and another "
+            "--out leaves it alone"
         )
     for folder in (args.out, args.out / "best"):
         for name in OUTPUT:
