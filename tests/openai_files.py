@@ -11,6 +11,7 @@ import http.server
 import json
 import re
 import threading
+import time
 import urllib.parse
 
 import numpy as np
@@ -156,7 +157,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     A fault is a status (500), or "drop" (half the body or 20,000 bytes, then the connection is
     lost), "hang" (the same, but kept open), "no range" and "wrong part" and "short part" (of what
     was asked for), "truncated" and "altered" (on the server), "corrupt" (on the way: the MD5 is the
-    original's), "page" (by its type), "hidden page" (by its contents), or "gzip".
+    original's), "page" (by its type), "hidden page" (by its contents), "gzip", or "busy" (for
+    7 s, it says). `server.delay` is the pause in seconds after every 64 KB.
     """
 
     def do_GET(self):
@@ -166,6 +168,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.log.append((path.name, self.headers.get("Range"), fault))
         if isinstance(fault, int) or not path.is_file():
             self.reply(fault or 404, b"no")
+        elif fault == "busy":
+            self.reply(503, b"no", **{"Retry-After": "7"})
         elif fault in ("page", "hidden page"):
             kind = "text/html; charset=utf-8" if fault == "page" else "application/octet-stream"
             text = b"Please log in" if fault == "page" else b"\n<!DOCTYPE html><p>Please log in"
@@ -204,9 +208,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        lost = fault in ("drop", "hang")
-        self.wfile.write(body[: min(20_000, len(body) // 2)] if lost else body)
-        self.wfile.flush()
+        if fault in ("drop", "hang"):
+            body = body[: min(20_000, len(body) // 2)]
+        with contextlib.suppress(ConnectionError):  # of whoever was killed
+            for start in range(0, len(body), 1 << 16):
+                self.wfile.write(body[start : start + (1 << 16)])
+                time.sleep(self.server.delay)
+            self.wfile.flush()
         if fault == "hang":
             self.server.released.wait(30)
 
@@ -220,6 +228,7 @@ def serve(root, etag=True, md5=True):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.root, server.etag, server.md5 = root, etag, md5
     server.faults, server.log, server.released = {}, [], threading.Event()
+    server.delay = 0
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()

@@ -1,0 +1,343 @@
+"""Faults: processes killed, disks that fill up, folders that cannot be written, two at once.
+
+`python tests/faults.py --kills 200` kills many more.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import faults
+import numpy as np
+import openai_files
+import pytest
+
+import encoder
+import train
+import utils
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork"),
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+]
+TINY = utils.Config(n_vocab=openai_files.N_VOCAB, n_ctx=64, n_embd=16, n_head=2, n_layer=2)
+DATA = "model.ckpt.data-00000-of-00001"
+
+
+# ----------------------------------------------------------------------------------------------
+# Kills
+
+
+@pytest.mark.parametrize("name", faults.JOBS)
+def test_killed_job_loses_nothing_and_comes_to_its_result(name, tmp_path):
+    n_midst, n_ends = faults.run_job(name, 3, random.Random(7), tmp_path)
+    assert n_midst >= 0 and n_ends >= 1
+
+
+def test_kill_between_the_files_of_the_last_checkpoint_is_mended(tmp_path):
+    """state.npz was of the last step, model.bin of the one before: --resume had nothing to do."""
+    job = faults.Train(tmp_path)
+    faults.run_whole(job)
+    good = (job.out / "model.bin").read_bytes()
+    (job.out / "model.bin").write_bytes(good[:1024] + bytes(len(good) - 1024))
+    faults.run_whole(job)
+    assert (job.out / "model.bin").read_bytes() == good
+
+
+def test_temporary_file_of_a_dead_process_goes_and_that_of_a_living_one_stays(tmp_path):
+    dead, other = tmp_path / "model[1].bin.99.tmp", tmp_path / "model1.bin.99.tmp"
+    dead.touch()
+    other.touch()
+    living = tmp_path / "model[1].bin.98.tmp"
+    code = (
+        "import sys, utils\n"
+        "file = open(sys.argv[1], 'wb')\n"
+        "assert utils.try_lock(file)\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, living], cwd=faults.ROOT, **pipes) as writer:
+        assert writer.stdout.readline() == b"ready\n"
+        with utils.atomic_write(tmp_path / "model[1].bin") as file:
+            file.write(b"x")
+        assert not dead.exists() and other.exists() and living.exists()
+        writer.kill()
+    with utils.atomic_write(tmp_path / "model[1].bin") as file:
+        file.write(b"y")
+    assert not living.exists() and other.exists()
+    assert (tmp_path / "model[1].bin").read_bytes() == b"y"
+
+
+def test_log_of_over_a_million_steps_is_read_again(tmp_path):
+    log = train.Log(tmp_path / "log.csv", 0)
+    for step in (999_999, 1_000_000, 1_234_567):
+        log.add(step, 2.5, 1e-3, 1.0, 100.0, None, None)
+    assert train.Log(tmp_path / "log.csv", 1_000_000).rows == log.rows[:2]
+    assert [int(row["step"]) for row in log.rows] == [999_999, 1_000_000, 1_234_567]
+
+
+# ----------------------------------------------------------------------------------------------
+# A full disk
+
+
+def outcome(function, before=lambda: None):
+    """Run a function in another process; return "" if it ended well, else its error."""
+    receive, send = faults.multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def tell():
+        before()
+        try:
+            function()
+            send.send("")
+        except BaseException as error:
+            send.send(f"{type(error).__name__}: {error}")
+
+    process = faults.in_process(tell)
+    process.join(60)
+    return receive.recv() if receive.poll() else f"exit code {process.exitcode}"
+
+
+def limit_files(size):
+    """Make writes beyond `size` bytes of a file fail, as on a full disk, in this process."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def tiny_run(step=1):
+    tokens = np.arange(300) % TINY.n_vocab
+    settings = train.Settings(steps=9, batch_size=2, seq_len=8, val_data=str(len(tokens)))
+    run = train.Run(train.init_params(TINY), settings, step=step)
+    run.optimizer.m[:] = step
+    return run
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    """{name: (function, the folder it writes)} of everything that writes files."""
+    openai_files.write_checkpoint(tmp_path / "source", TINY)
+    (tmp_path / "text.txt").write_text("some text to encode, and more of it. " * 300)
+    enc = encoder.Encoder(*utils.load_tokenizer(tmp_path / "source"))
+    run, out = tiny_run(), tmp_path / "out"
+    text = [tmp_path / "text.txt"]
+    return {
+        "model": (lambda: utils.save_params(out / "model.bin", run.params), out),
+        "tokenizer": (lambda: enc.save(out / "tokenizer.bin"), out),
+        "tokens": (lambda: encoder.encode_files(enc, text, out / "x.bin"), out),
+        "convert": (lambda: utils.convert(tmp_path / "source", out), out),
+        "convert to hf": (lambda: utils.convert(tmp_path / "source", out, "hf"), out),
+        "checkpoint": (lambda: train.save_checkpoint(out, run), out),
+    }
+
+
+def without_time(files):
+    """Leave out what differs each time: the date in an .npz."""
+    return {name: data for name, data in files.items() if not name.endswith(".npz")}
+
+
+@pytest.mark.parametrize(
+    "name", ["model", "tokenizer", "tokens", "convert", "convert to hf", "checkpoint"]
+)
+def test_full_disk_is_a_clear_error_and_nothing_is_lost(name, jobs, tmp_path):
+    function, out = jobs[name]
+    function()
+    whole = faults.read_files(out)
+    for path in out.iterdir():
+        path.write_bytes(b"old " + path.name.encode())
+    old = faults.read_files(out)
+    largest = max(map(len, whole.values()))
+    for size in (0, 1, 100, 1500, largest // 2, largest - 1):
+        error = outcome(function, lambda size=size: limit_files(size))
+        assert error.startswith("OSError: [Errno 27] File too large: ") and str(out) in error
+        found = faults.read_files(out)
+        assert found.keys() == old.keys(), f"at {size} bytes: {sorted(found)}"
+        for file in old:  # of several files some may be new already, but each is whole
+            assert found[file] in (old[file], whole[file]) or file == "state.npz"
+        if name != "checkpoint" and len(old) == 1:
+            assert found == old
+    function()
+    assert without_time(faults.read_files(out)) == without_time(whole)
+
+
+@pytest.fixture
+def small_disk():
+    """A folder on a file system of 420 KB, where we may make one."""
+    folder = Path(tempfile.mkdtemp())
+    command = ["mount", "-t", "tmpfs", "-o", "size=420k", "tmpfs", str(folder)]
+    mounted = shutil.which("mount") and subprocess.run(command, capture_output=True).returncode == 0
+    try:
+        if not mounted:
+            pytest.skip("cannot mount a small tmpfs here")
+        yield folder
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+        folder.rmdir()
+
+
+def test_full_file_system_keeps_the_last_checkpoint(small_disk):
+    train.save_checkpoint(small_disk, tiny_run(step=1))
+    (small_disk / "ballast").write_bytes(bytes(60_000))
+    before = faults.read_files(small_disk)
+    with pytest.raises(OSError, match=r"No space left on device: .*state\.npz"):
+        train.save_checkpoint(small_disk, tiny_run(step=2))
+    assert faults.read_files(small_disk) == before
+    (small_disk / "ballast").unlink()
+    train.save_checkpoint(small_disk, tiny_run(step=2))
+    assert train.load_checkpoint(small_disk).step == 2
+
+
+def test_full_file_system_names_the_log(small_disk):
+    log = train.Log(small_disk / "log.csv", 0)
+    with contextlib.suppress(OSError), open(small_disk / "ballast", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(512))
+    with pytest.raises(OSError, match=r"No space left on device: .*log\.csv"):
+        for step in range(1000):
+            log.add(step, 2.5, 1e-3, 1.0, 100.0, None, None)
+
+
+# ----------------------------------------------------------------------------------------------
+# Downloads
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A server of a small model as 124M, whose token files are the expected ones."""
+    folder = tmp_path / "site" / "124M"
+    openai_files.write_checkpoint(folder, TINY)
+    for name in utils.TOKENIZER_SHA256:
+        digest = utils.file_hash(folder / name, "sha256").hexdigest()
+        monkeypatch.setitem(utils.TOKENIZER_SHA256, name, digest)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with openai_files.serve(folder.parent) as server:
+        yield server
+
+
+def test_full_disk_stops_a_download_which_then_goes_on(site, tmp_path):
+    def download():
+        utils.download("124M", tmp_path / "models", site.url)
+
+    for size in (0, 10, 2000, 9000):
+        error = outcome(download, lambda size=size: limit_files(size))
+        assert error.startswith("OSError: [Errno 27] File too large: ")
+        assert str(tmp_path / "models" / "124M" / ".download") in error
+        assert not (tmp_path / "models" / "124M" / "model.bin").exists()
+    n_requests = len(site.log)
+    download()
+    assert any(wanted for _, wanted, _ in site.log[n_requests:]), "it began anew"
+    names = [path.name for path in (tmp_path / "models").rglob("*")]
+    assert sorted(names) == ["124M", "model.bin", "tokenizer.bin"]
+
+
+def test_failed_first_download_leaves_nothing(tmp_path):
+    with pytest.raises(ConnectionError):
+        utils.download("124M", tmp_path, "http://127.0.0.1:1", pause=lambda seconds: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_busy_server_is_given_the_time_it_asks_for(site, tmp_path):
+    site.faults["encoder.json"] = ["busy", "busy", 429]
+    pauses = []
+    utils.download("124M", tmp_path / "models", site.url, pause=pauses.append)
+    assert pauses == [7, 7, 4]
+
+
+def download_in(models, url):
+    """Download in another process; return its error, "" if there was none."""
+    return outcome(lambda: utils.download("124M", models, url))
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_several_processes_downloading_at_once_all_succeed(site, tmp_path, n):
+    site.delay = 0.01
+    models = tmp_path / "models"
+    processes = [
+        faults.in_process(lambda: utils.download("124M", models, site.url)) for _ in range(n)
+    ]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * n
+    assert len(site.log) == len(utils.OPENAI_FILES), "a file was fetched twice"
+    names = [path.name for path in models.rglob("*")]
+    assert sorted(names) == ["124M", "model.bin", "tokenizer.bin"]
+    for name, array in openai_files.random_arrays(TINY).items():
+        found = utils.load_params(models / "124M").named[name]
+        np.testing.assert_array_equal(found, array[0].T if name.endswith("/w") else array)
+
+
+def test_process_that_waited_for_one_that_failed_downloads_itself(site, tmp_path):
+    site.faults["encoder.json"] = ["hang", 404]  # the first is killed while it hangs
+    models = tmp_path / "models"
+    first = faults.in_process(lambda: utils.download("124M", models, site.url))
+    for _ in range(1000):
+        if site.log:
+            break
+        first.join(0.01)
+    others = [faults.in_process(lambda: utils.download("124M", models, site.url)) for _ in range(3)]
+    first.join(0.5)
+    assert all(other.exitcode is None for other in others), "they did not wait"
+    first.kill()
+    for other in others:
+        other.join(60)
+    assert sorted(other.exitcode for other in others) == [0, 0, 1]  # one of them got the 404
+    assert sorted(path.name for path in models.rglob("*")) == ["124M", "model.bin", "tokenizer.bin"]
+
+
+# ----------------------------------------------------------------------------------------------
+# A folder that cannot be written
+
+
+@pytest.fixture
+def read_only():
+    """A folder that only its owner can write, and a function that makes a process another user."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    if os.geteuid() == 0:
+        yield folder, lambda: os.setuid(65534)
+    else:
+        folder.chmod(0o555)
+        yield folder, lambda: None
+        folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_read_only_models_folder_is_a_clear_error(site, read_only):
+    folder, become_another = read_only
+    jobs = [
+        (lambda: utils.download("124M", folder, site.url), ".124M.lock"),
+        (lambda: utils.download("124M", folder / "models", site.url), "models"),
+        (lambda: utils.convert(site.root / "124M", folder / "new"), "new"),
+        (lambda: utils.save_params(folder / "model.bin", tiny_run().params), "model.bin"),
+        (lambda: train.save_checkpoint(folder, tiny_run()), "state.npz"),
+    ]
+    for path in (site.root, *site.root.parents):  # pytest's own folders are for their owner alone
+        if path.owner() == Path(tempfile.gettempdir()).owner() and path.stat().st_mode & 0o77 == 0:
+            path.chmod(0o711)
+    for function, name in jobs:
+        error = outcome(function, become_another)
+        assert error.startswith("PermissionError: [Errno 13] Permission denied: "), error
+        assert str(folder) in error and name in error
+        assert not list(folder.iterdir())
+    assert not site.log
+
+
+def test_read_only_model_is_used(read_only, tmp_path):
+    """What needs no writing asks for none: a model that is there already is found and loaded."""
+    folder, become_another = read_only
+    openai_files.write_checkpoint(tmp_path / "source", TINY)
+    folder.chmod(0o755)
+    utils.convert(tmp_path / "source", folder / "124M")
+
+    def use():
+        assert utils.download("124M", folder) == folder / "124M"
+        assert utils.load_params(utils.find_model("gpt2", folder)).config == TINY
+        assert encoder.load("124M", folder).n_vocab == TINY.n_vocab
+
+    assert outcome(use, become_another) == ""
