@@ -1443,11 +1443,12 @@ def download(name, models_dir=MODELS_DIR, base_url=None, keep=False, pause=time.
     base_url = (base_url or os.environ.get("GPT2_BASE_URL") or OPENAI_URL).rstrip("/")
     folder = Path(models_dir) / name
     work = folder / ".download"
-    if find_problem(folder) is None and not work.exists():
+    lock = folder.with_name(f".{name}.lock")
+    if find_problem(folder) is None and not work.exists() and not lock.exists():
         note(f"{folder}: already downloaded")
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with only_process(folder.with_name(f".{name}.lock")), remove_if_empty(folder, work):
+    with only_process(lock), remove_if_empty(folder, work):
         problem = find_problem(folder)
         if problem is None:  # another process has done it, or one was stopped while cleaning up
             note(f"{folder}: already downloaded")

@@ -262,7 +262,10 @@ def finish(job, exitcode, expected):
     """See that a job ended well, with the expected result and nothing else."""
     assert exitcode == 0, f"{type(job).__name__} failed with {exitcode}"
     expected = job.expected() if hasattr(job, "expected") else expected
-    assert job.result() == expected, "another result than an undisturbed run's"
+    found = job.result()
+    if found != expected:
+        names = [sorted(x) if isinstance(x, dict) else "" for x in (found, expected)]
+        raise AssertionError(f"another result than an undisturbed run's: {names}")
     assert not leftovers(job.folder())
 
 

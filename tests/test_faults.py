@@ -242,6 +242,14 @@ def test_failed_first_download_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_download_killed_before_it_removed_its_lock_is_cleaned_up(site, tmp_path):
+    utils.download("124M", tmp_path / "models", site.url)
+    (tmp_path / "models" / ".124M.lock").touch()
+    utils.download("124M", tmp_path / "models", site.url)
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["124M"]
+    assert len(site.log) == len(utils.OPENAI_FILES)
+
+
 def test_busy_server_is_given_the_time_it_asks_for(site, tmp_path):
     site.faults["encoder.json"] = ["busy", "busy", 429]
     pauses = []
