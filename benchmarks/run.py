@@ -1,0 +1,341 @@
+"""Measure GPT-2 in NumPy against its peers, and against what the machine can do.
+
+    python benchmarks/run.py                       # everything, about half an hour on two cores
+    python benchmarks/run.py --items a startup --json result.json --plot result.png
+
+Every work item (items.py) is done by us and by each peer that is installed, in turns, several
+times, each time in a new process that times itself (worker.py), or is timed whole. The table goes
+to standard output as Markdown, progress to standard error. This program imports nothing of what it
+measures: neither its memory nor its environment shall count.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import items
+import report
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+# ----------------------------------------------------------------------------------------------
+# Who takes part
+
+
+@dataclass(frozen=True)
+class Party:
+    """Someone who does the work items, by a program of this folder."""
+
+    label: str
+    script: str
+    needs: tuple = ()  # packages, besides our own
+    options: dict = field(default_factory=dict)  # added to each job
+    at_most: int = 1000  # repeats, where waiting for more would not pay
+
+
+PARTIES = {
+    "ours": Party("ours", "ours.py"),
+    "huggingface": Party("Hugging Face", "huggingface.py", ("torch", "transformers")),
+    "pytorch": Party("PyTorch", "pytorch.py", ("torch",), {"compiled": False}),
+    "compiled": Party("PyTorch, compiled", "pytorch.py", ("torch",), {"compiled": True}, 3),
+    "tiktoken": Party("tiktoken", "bpe.py", ("tiktoken",)),
+    "tokenizers": Party("HF tokenizers", "bpe.py", ("tokenizers",)),
+    "naive": Party("naive NumPy", "naive.py", (), {}, 2),
+}
+PACKAGES = sorted({package for party in PARTIES.values() for package in party.needs})
+FIND_VERSIONS = """
+import importlib.metadata, json, sys
+versions = {}
+for name in sys.argv[1:]:
+    try:
+        versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(json.dumps(versions))
+"""
+
+
+def find_peers(interpreters):
+    """Return ({party: interpreter}, {package: version}) of who can take part."""
+    pythons, found = {}, {}
+    for python in interpreters:
+        try:
+            versions = run_json([python, "-c", FIND_VERSIONS, *PACKAGES])
+        except OSError as error:
+            raise Problem(f"{python}: {error.strerror}") from None
+        for name, party in PARTIES.items():
+            if name not in pythons and set(party.needs) <= set(versions):
+                pythons[name] = python if party.needs else sys.executable
+        found = versions | found
+    return pythons, found
+
+
+# ----------------------------------------------------------------------------------------------
+# Running the programs
+
+
+class Problem(Exception):
+    """What went wrong, in one line."""
+
+
+def run_process(argv, env=None):
+    """Run a program from our folder; return its standard output, or raise Problem."""
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, encoding="utf-8")
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise Problem(lines[-1])
+    return done.stdout
+
+
+def run_json(argv, env=None):
+    """Run a program; return what the last line of its standard output says."""
+    return json.loads(run_process(argv, env).strip().splitlines()[-1])
+
+
+class Bench:
+    """A run of the suite: who takes part, where the material is, and how it is measured."""
+
+    def __init__(self, args, folder, threads):
+        self.args, self.folder, self.threads = args, folder, threads
+        interpreters = [str(args.peer_python)] if args.peer_python else []
+        self.pythons, self.versions = find_peers([*interpreters, sys.executable])
+        self.env = make_env(folder, threads if args.threads else None)
+
+    def start(self, who, job):
+        """Return the command that makes a party do a job."""
+        party = PARTIES[who]
+        job = job | party.options | {"folder": str(self.folder), "threads": self.threads}
+        return [self.pythons[who], str(HERE / party.script), json.dumps(job)]
+
+    def measure(self, item, who, first):
+        """Return what one process of a party, or several in a row, took for an item."""
+        if item.command is None:
+            job = item.job | {"seconds": self.args.seconds}
+            return run_json(self.start(who, job), self.env)
+        command = self.start(who, item.job | {"once": True})
+        if who == "ours":
+            command = [sys.executable, *(part.format(folder=self.folder) for part in item.command)]
+        if first:
+            run_process(command, self.env)  # the files are in memory from here on
+        times = []
+        while not times or sum(times) < self.args.seconds:
+            start = time.perf_counter()
+            run_process(command, self.env)
+            times.append(time.perf_counter() - start)
+        return {"seconds": times, "peak_bytes": None, "check": []}
+
+    def prepare(self, chosen):
+        """Make the material; return what was taken for it."""
+        job = {"folder": str(self.folder), "data": str(SHARED), "sizes": self.args.sizes.upper()}
+        job |= {"items": [item.name for item in chosen], "hf": "huggingface" in self.pythons}
+        script = str(HERE / "prepare.py")
+        return run_json([sys.executable, script, json.dumps(job)], self.env)
+
+    def describe(self):
+        """Return {name: value} of the machine and of the versions of everyone."""
+        facts = {"CPU": cpu_name(), "cores": os.cpu_count(), "memory": memory_size()}
+        facts["system"] = platform.platform()
+        facts["load before"] = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "?"
+        facts |= run_json(self.start("ours", {"work": "machine", "once": True}), self.env)
+        if "pytorch" in self.pythons:
+            facts |= run_json(self.start("pytorch", {"work": "machine", "once": True}), self.env)
+        absent = {name: f"not installed: pip install {name}" for name in PACKAGES}
+        return facts | absent | self.versions
+
+
+def make_env(folder, threads):
+    """Return the environment of everyone: no network, no others' caches, and threads if told."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    env["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    if threads:
+        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        env |= dict.fromkeys(names, str(threads))
+    return env
+
+
+def cpu_name():
+    """Return the name of the processor, as well as the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def memory_size():
+    """Return the size of the machine's memory in words."""
+    try:
+        n_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return "unknown"
+    return f"{n_bytes / 2**30:.1f} GiB"
+
+
+# ----------------------------------------------------------------------------------------------
+# The run
+
+
+def new_record(bench, chosen):
+    """Return the record of a run in which nothing has been measured yet."""
+    args = bench.args
+    settings = {"threads": bench.threads, "repeats": args.repeats, "sizes": args.sizes}
+    settings["seconds a repeat, at least"] = args.seconds
+    record = {"machine": bench.describe(), "settings": settings, "taken": bench.prepare(chosen)}
+    record["labels"] = {name: party.label for name, party in PARTIES.items()}
+    record["items"] = []
+    for item in chosen:
+        entry = asdict(item)
+        if isinstance(item.amount, str):
+            entry["amount"] = os.path.getsize(bench.folder / item.amount) / 1e6
+        parties = ("ours", *item.peers)
+        entry["results"] = {who: new_result(bench, who) for who in parties}
+        record["items"].append(entry)
+    return record
+
+
+def new_result(bench, who):
+    """Return the result of a party that has none yet, and its problem if it cannot have any."""
+    problem = ""
+    if who not in bench.pythons:
+        lacking = [name for name in PARTIES[who].needs if name not in bench.versions]
+        problem = f"not installed: pip install {' '.join(lacking or PARTIES[who].needs)}"
+    return {"seconds": [], "peak_bytes": [], "check": [], "problem": problem}
+
+
+def measure_all(bench, chosen, record):
+    """Fill the record: everyone in turns, item by item, and all of that several times."""
+    for repeat in range(bench.args.repeats):
+        for item, entry in zip(chosen, record["items"], strict=True):
+            for who, result in entry["results"].items():
+                if result["problem"] or repeat >= PARTIES[who].at_most:
+                    continue
+                note(f"repeat {repeat + 1} of {bench.args.repeats}: {item.name}: ", end="")
+                add_result(bench, item, entry, who, repeat == 0)
+
+
+def add_result(bench, item, entry, who, first):
+    """Measure an item once more for a party, and tell how it went."""
+    result = entry["results"][who]
+    try:
+        found = bench.measure(item, who, first)
+    except Problem as problem:
+        result["problem"] = f"failed: {problem}"
+        note(f"{PARTIES[who].label} {result['problem']}")
+        return
+    result["seconds"] += found["seconds"]
+    result["peak_bytes"] += [found["peak_bytes"]] if found["peak_bytes"] else []
+    result["check"] = found["check"]
+    best = max if item.unit not in ("s", "ms") else min
+    figure = best(report.figures(entry, found["seconds"]))
+    note(f"{PARTIES[who].label} {report.significant(figure)} {item.unit}")
+
+
+def note(message, end="\n"):
+    print(message, file=sys.stderr, end=end, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse_args(argv=None):
+    """Parse the command line; exit with status 2 and one line for a bad argument."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--items", nargs="+", metavar="ITEM", help="names or letters, of which --list tells; "
+        "without it, all; the limits are always measured")  # fmt: skip
+    add("--list", action="store_true", help="list the items and go")
+    add("--repeats", type=int, help="turns of everyone; without it 5, or 1 with --quick")
+    add("--seconds", type=float, help="to measure in each turn at least; without it 2, or 0.2")
+    add("--quick", action="store_true", help="a coarse look: one short turn")
+    add("--threads", type=int, help="cores that everyone may use; without it, all")
+    add("--peer_python", type=Path, help="an interpreter that has peers which this one lacks")
+    add("--json", type=Path, help="file for all that was measured")
+    add("--plot", type=Path, help="file for a bar chart (PNG)")
+    add("--from_json", type=Path, help="measure nothing: table and plot of such a file")
+    add("--sizes", choices=["full", "tiny"], default="full", help="tiny is to test the suite")
+    args = parser.parse_args(argv)
+    args.repeats = (1 if args.quick else 5) if args.repeats is None else args.repeats
+    args.seconds = (0.2 if args.quick else 2.0) if args.seconds is None else args.seconds
+    args.chosen = choose_items(parser, args)
+    for name, low in (("repeats", 1), ("seconds", 0), ("threads", 1)):
+        value = getattr(args, name)
+        if value is not None and not low <= value < 1e6:
+            parser.error(f"argument --{name}: {value} is not {low} or more")
+    return args
+
+
+def choose_items(parser, args):
+    """Return the Items that --items asks for, by name or letter, and those of the limits."""
+    everything = items.make_items(getattr(items, args.sizes.upper()))
+    known = {name for item in everything for name in (item.name, item.letter)}
+    for wanted in args.items or []:
+        if wanted not in known:
+            parser.error(f"argument --items: {wanted!r} is none of {', '.join(sorted(known))}")
+    wanted = {"limit", *(args.items or known)}
+    return [item for item in everything if wanted & {item.name, item.letter}]
+
+
+def run(args):
+    """Measure, in a folder that is gone afterwards; return the record, of what there is by then."""
+    threads = limit_threads(args.threads)
+    with tempfile.TemporaryDirectory(prefix="gpt2-bench-") as folder:
+        bench = Bench(args, Path(folder), threads)
+        note("preparing ...")
+        start = time.monotonic()
+        record = new_record(bench, args.chosen)
+        try:
+            measure_all(bench, args.chosen, record)
+        except KeyboardInterrupt:
+            note("\nstopped: this is what there is")
+        record["settings"]["minutes"] = round((time.monotonic() - start) / 60, 1)
+    return record
+
+
+def read_record(path):
+    """Return the record that --json wrote; raises ValueError if it is something else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {name: record[name] for name in ("machine", "settings", "taken", "labels", "items")}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not a file that --json of this program wrote") from None
+
+
+def limit_threads(wanted):
+    """Keep this process and all that it starts to `wanted` cores; return how many there are."""
+    if not hasattr(os, "sched_getaffinity"):  # not Linux: the programs are only told
+        return wanted or os.cpu_count() or 1
+    cores = sorted(os.sched_getaffinity(0))
+    if wanted:
+        os.sched_setaffinity(0, cores[:wanted])
+    return min(wanted or len(cores), len(cores))
+
+
+def main():
+    args = parse_args()
+    if args.list:
+        print("\n".join(f"{item.letter:5} {item.name:16} {item.title}" for item in args.chosen))
+        return
+    record = read_record(args.from_json) if args.from_json else run(args)
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(report.make_report(record))
+    if args.plot:
+        report.plot(record, args.plot)
+    if any(item["results"]["ours"]["problem"] for item in record["items"]):
+        sys.exit("run.py: error: some of our own work failed: see the table")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (Problem, OSError, ValueError, ImportError) as problem:
+        sys.exit(f"run.py: error: {problem}")
