@@ -1,6 +1,6 @@
 """Make what the work items need in a folder: a model of random weights, texts, other formats.
 
-    python prepare.py '{"folder": ..., "data": ..., "sizes": "FULL", "items": [...], "hf": true}'
+    python prepare.py '{"folder": ..., "data": ..., "sizes": "FULL", "items": [...]}'
 
 Nothing is downloaded. The text is TinyStories where the reference data is present, and otherwise
 made up; so are the names, and the tokenizer is then the bundled model's. Prints, as JSON, what was
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main():
     job = json.loads(sys.argv[1])
     folder, data, sizes = Path(job["folder"]), Path(job["data"]), getattr(items, job["sizes"])
-    taken = {"tokenizer": make_models(folder, data, sizes, job["hf"])}
+    taken = {"tokenizer": make_models(folder, data, sizes)}
     if "convert_openai" in job["items"]:
         make_openai(folder)
     if any(item.letter == "g" and item.name in job["items"] for item in items.make_items(sizes)):
@@ -34,7 +34,7 @@ def main():
     print(json.dumps(taken))
 
 
-def make_models(folder, data, sizes, hf):
+def make_models(folder, data, sizes):
     """Write `gpt2` and `stories`, and for Hugging Face `gpt2-hf` and `stories-hf`."""
     config, stories = utils.Config(**vars(sizes.gpt2)), ROOT / "models" / "stories"
     params = train.init_params(config)
@@ -47,9 +47,8 @@ def make_models(folder, data, sizes, hf):
     found = [path for path in found if path.exists() and config.n_vocab == 50257]
     tokenizer = found[0] if found else stories / "tokenizer.bin"
     shutil.copyfile(tokenizer, folder / "gpt2" / "tokenizer.bin")
-    if hf:
-        for name in ("gpt2", "stories"):
-            utils.convert(folder / name, folder / f"{name}-hf", "hf")
+    for name in ("gpt2", "stories"):
+        utils.convert(folder / name, folder / f"{name}-hf", "hf")
     return "GPT-2's" if found else "the bundled model's, of 2,048 tokens"
 
 

@@ -36,25 +36,36 @@ def figures(item, seconds):
 
 
 def make_rows(record):
-    """Yield the rows of the table: dicts of letter, title, who, unit, values, ratio, limit, same.
+    """Return the rows of the table, dicts: those of the times, then those of the memory.
 
-    `ratio` is how many times better ours is: less time, or less memory. Where a party has no
-    figures, `values` is empty and `same` says why.
+    letter, title, who, unit; values and their median (a rate's is that of the median time); ratio,
+    how many times better ours is; limit, the fraction of it; same, whether the results agree. Where
+    a party has no figures, `values` is empty and `same` says why.
     """
+    return [*time_rows(record), *memory_rows(record)]
+
+
+def time_rows(record):
+    """Yield the rows of all items."""
     limits = find_limits(record)
     for item in record["items"]:
         least = limit_seconds(item["phases"], limits)
         for who, result in item["results"].items():
+            middle = median(result["seconds"] or [math.nan])
             row = {"letter": item["letter"], "title": item["title"], "unit": item["unit"]}
             row |= {"who": who, "values": figures(item, result["seconds"])}
-            row["ratio"] = ratio(item, who, "seconds")
-            row["limit"] = least / median(result["seconds"]) if least and row["values"] else None
-            yield row | {"same": compare(item, who)}
+            row |= {"median": figures(item, [middle])[0], "ratio": ratio(item, who, "seconds")}
+            yield row | {"limit": least and least / middle, "same": compare(item, who)}
+
+
+def memory_rows(record):
+    """Yield the rows of the peak of memory, of the items that report it."""
     for item in record["items"]:
         for who, result in item["results"].items():
             if item["memory"] and result["peak_bytes"]:
+                values = [peak / 1e6 for peak in result["peak_bytes"]]
                 row = {"letter": "j", "title": f"peak memory: {item['title']}", "unit": "MB"}
-                row |= {"who": who, "values": [peak / 1e6 for peak in result["peak_bytes"]]}
+                row |= {"who": who, "values": values, "median": median(values)}
                 yield row | {"ratio": ratio(item, who, "peak_bytes"), "limit": None, "same": ""}
 
 
@@ -107,7 +118,7 @@ def describe(row):
     if not values:
         return ["-", "", "", ""]
     return [
-        f"{significant(median(values))} {row['unit']}",
+        f"{significant(row['median'])} {row['unit']}",
         f"{significant(min(values))} to {significant(max(values))} ({len(values)})",
         f"{row['ratio']:.2f} x" if row["ratio"] else "",
         f"{row['limit']:.0%}" if row["limit"] else "",

@@ -136,7 +136,7 @@ class Bench:
     def prepare(self, chosen):
         """Make the material; return what was taken for it."""
         job = {"folder": str(self.folder), "data": str(SHARED), "sizes": self.args.sizes.upper()}
-        job |= {"items": [item.name for item in chosen], "hf": "huggingface" in self.pythons}
+        job["items"] = [item.name for item in chosen]
         script = str(HERE / "prepare.py")
         return run_json([sys.executable, script, json.dumps(job)], self.env)
 
@@ -147,7 +147,11 @@ class Bench:
         facts["load before"] = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "?"
         facts |= run_json(self.start("ours", {"work": "machine", "once": True}), self.env)
         if "pytorch" in self.pythons:
-            facts |= run_json(self.start("pytorch", {"work": "machine", "once": True}), self.env)
+            try:
+                command = self.start("pytorch", {"work": "machine", "once": True})
+                facts |= run_json(command, self.env)
+            except Problem as problem:
+                facts["PyTorch"] = f"failed: {problem}"
         absent = {name: f"not installed: pip install {name}" for name in PACKAGES}
         return facts | absent | self.versions
 
@@ -337,5 +341,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (Problem, OSError, ValueError, ImportError) as problem:
         sys.exit(f"run.py: error: {problem}")
