@@ -392,11 +392,15 @@ def transformer(params, tokens, kv=None, caches=None, record=None):
     return x
 
 
-def transformer_backward(dx, caches, params, grads):
-    """Add to grads what dx (B, T, C), the gradient of the transformer's output, implies."""
+def transformer_backward(dx, caches, params, grads, done=lambda layer: None):
+    """Add to grads what dx (B, T, C), the gradient of the transformer's output, implies.
+
+    `done(i)` is called when the gradients of layer i are whole.
+    """
     dx = layer_norm_backward(dx, caches.pop(), params.ln_f, grads.ln_f)
-    for p, d in zip(reversed(params.h), reversed(grads.h), strict=True):
-        dx = block_backward(dx, caches.pop(), p, d, params.config.n_head)
+    for i in reversed(range(params.config.n_layer)):
+        dx = block_backward(dx, caches.pop(), params.h[i], grads.h[i], params.config.n_head)
+        done(i)
     embed_backward(dx, caches.pop(), grads)
 
 
@@ -483,12 +487,13 @@ def token_losses(params, tokens, targets):
     return losses.reshape(np.shape(targets))
 
 
-def loss_and_grads(params, tokens, targets, grads=None):
+def loss_and_grads(params, tokens, targets, grads=None, done=lambda layer: None):
     """Return the mean cross-entropy in nats a token, and its gradient, a Params like `params`.
 
     tokens and targets are (T,) or (B, T); a target of -1 takes no part. With `grads`, the gradient
-    is added to it, so that several batches accumulate. Raises ValueError as `forward` does, or for
-    targets of another shape, outside the vocabulary, or all -1.
+    is added to it, so that several batches accumulate; `done(i)` is called when those of layer i
+    are whole, the last layer first. Raises ValueError as `forward` does, or for targets of another
+    shape, outside the vocabulary, or all -1.
     """
     tokens, targets = check_targets(params.config, tokens, targets)
     if grads is None:
@@ -496,7 +501,7 @@ def loss_and_grads(params, tokens, targets, grads=None):
     caches = []
     x = transformer(params, tokens, caches=caches)
     losses, dx = head(as_rows(x), params, targets, grads)
-    transformer_backward(dx.reshape(x.shape), caches, params, grads)
+    transformer_backward(dx.reshape(x.shape), caches, params, grads, done)
     return float(losses.sum(dtype=np.float64) / np.sum(targets != IGNORE)), grads
 
 
