@@ -1,8 +1,9 @@
 """Train GPT-2 in NumPy: gradients into better parameters.
 
 Reading order: where a model starts (`init_params`), what it reads (`Windows`), how it learns
-(`AdamW`, `learning_rate`, `train_step`), how well it does (`evaluate`), what is kept of it
-(`save_checkpoint`, `Log`), the loop (`train`), and the command line.
+(`AdamW`, `learning_rate`, `train_step`), with whom (`Team`, `Ranks`), how well it does
+(`evaluate`), what is kept of it (`save_checkpoint`, `Log`), the loop (`train`), and the command
+line.
 
     params = init_params(utils.Config(n_vocab=1024, n_ctx=128, n_embd=64, n_head=4, n_layer=2))
     run = Run(params, Settings(steps=1000))
@@ -13,16 +14,17 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import shlex
 import signal
 import sys
-import threading
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import get_type_hints
@@ -63,7 +65,7 @@ class Settings:
     val_data: str | None = None
     docs: str = "eot"
     steps: int = 2000
-    batch_size: int = 16  # windows a micro-batch
+    batch_size: int = 16  # windows a micro-batch, over all ranks
     seq_len: int = 128  # tokens a window
     grad_accum: int = 1  # micro-batches a step
     order: str = "random"  # of the windows
@@ -77,7 +79,8 @@ class Settings:
     weight_decay: float = 0.1
     grad_clip: float = 1.0  # the largest norm of the gradient
     seed: int = 0
-    threads: int = 1  # that share a batch; must divide batch_size
+    ranks: int = 1  # processes that share a batch; must divide batch_size
+    threads: int = 1  # of a rank, that share its part; must divide that
     eval_every: int = 250  # steps
     eval_tokens: int = 50_000  # the most that are used each time
     save_every: int = 250  # steps
@@ -112,26 +115,27 @@ class Windows:
 
     Each pass over the data cuts it at another offset and takes the windows in another order (with
     order "random"; otherwise first to last). Pass n depends on the seed and n only, so that a
-    window's number is all one needs to know to go on from it.
+    window's number is all one needs to know to go on from it. Of n ranks, `rank` reads the windows
+    rank, rank + n, ... of each batch: together they read what one alone would.
 
     tokens (N,). Raises ValueError if they are fewer than a batch, B T + 1.
     """
 
-    def __init__(self, tokens, settings):
+    def __init__(self, tokens, settings, rank=0):
         B, T = settings.batch_size, settings.seq_len
         if len(tokens) < B * T + 1:
             raise ValueError(
                 f"data of {len(tokens)} tokens is shorter than one batch of {B} windows of {T} "
                 "tokens and a last target: give more text, or a smaller --batch_size or --seq_len"
             )
-        self.tokens, self.settings = tokens, settings
+        self.tokens, self.settings, self.rank = tokens, settings, rank
         self.n_windows = max(1, (len(tokens) - 1) // T - 1)  # one less leaves room for the offset
         self._pass, self._starts = None, None
 
     def batch(self, number):
-        """Return tokens and targets, (B, T) each, of batch `number`: 0, 1, 2, ..."""
-        B, T = self.settings.batch_size, self.settings.seq_len
-        starts = [self._start(i) for i in range(number * B, (number + 1) * B)]
+        """Return tokens and targets, (B / ranks, T) each, of batch `number`: 0, 1, 2, ..."""
+        B, T, n = self.settings.batch_size, self.settings.seq_len, self.settings.ranks
+        starts = [self._start(i) for i in range(number * B + self.rank, (number + 1) * B, n)]
         rows = np.stack([self.tokens[start : start + T + 1] for start in starts])
         return rows[:, :-1], rows[:, 1:]
 
@@ -164,19 +168,23 @@ def alone(work):
 class AdamW:
     """Adam with decoupled weight decay, over the packed buffer of the parameters.
 
-    m and v, running means of the gradient and of its square, are buffers of the same layout. Only
-    matrices decay. Loshchilov and Hutter 2017, arXiv:1711.05101; Kingma and Ba 2014,
-    arXiv:1412.6980.
+    m and v, running means of the gradient and of its square, are buffers of the same layout, or of
+    a `part` (a slice) of it: then only that part is updated, and other ranks see to the rest
+    (ZeRO stage 1; Rajbhandari et al. 2019, arXiv:1910.02054). Only matrices decay. Loshchilov and
+    Hutter 2017, arXiv:1711.05101; Kingma and Ba 2014, arXiv:1412.6980.
     """
 
     BLOCK = 32768  # values updated at a time: with their temporaries they stay in the cache
 
-    def __init__(self, params):
-        self.m, self.v = np.zeros_like(params.flat), np.zeros_like(params.flat)
+    def __init__(self, params, part=None):
+        self.part = part or slice(0, params.flat.size)
+        first, stop = self.part.start, self.part.stop
+        self.m, self.v = np.zeros((2, stop - first), params.flat.dtype)
+        self.is_whole = self.m.size == params.flat.size
         self._blocks = [
-            (slice(at, min(at + self.BLOCK, end)), decays)
+            (slice(at, min(at + self.BLOCK, end - first, stop - first)), decays)
             for start, end, decays in decay_spans(params.config)
-            for at in range(start, end, self.BLOCK)
+            for at in range(max(start - first, 0), min(end, stop) - first, self.BLOCK)
         ]
 
     def step(self, params, grads, lr, step, settings, scale=1.0, share=alone):
@@ -187,13 +195,14 @@ class AdamW:
         """
         s = settings
         rate, root = lr / (1 - s.beta1**step), math.sqrt(1 - s.beta2**step)
+        values, gradient = params.flat[self.part], grads.flat[self.part]
 
         def update(i, n):
-            temporaries = np.empty((2, min(self.BLOCK, params.flat.size)), params.flat.dtype)
+            temporaries = np.empty((2, min(self.BLOCK, values.size)), values.dtype)
             for block, decays in self._blocks[i::n]:
-                p, m, v = params.flat[block], self.m[block], self.v[block]
+                p, m, v = values[block], self.m[block], self.v[block]
                 g, t = temporaries[:, : len(p)]
-                np.multiply(grads.flat[block], scale, out=g)
+                np.multiply(gradient[block], scale, out=g)
                 m *= s.beta1
                 m += np.multiply(g, 1 - s.beta1, out=t)
                 v *= s.beta2
@@ -254,10 +263,14 @@ class Team:
     thread: so the elementwise work, which NumPy does on one core, is shared as well as the matrix
     products, and no thread waits for another within a step. A single thread leaves the matrix
     products to all of BLAS's, unless the model is so small that they would only wait.
+
+    With several `ranks` each has a team, and the gradients of all teams are added up: those of a
+    layer while those of the layers before it are computed.
     """
 
-    def __init__(self, params, n=1):
-        self.n = n
+    def __init__(self, params, n=1, ranks=None):
+        self.n, self.ranks = n, ranks or Ranks()
+        self.early, self.late = pieces(params.config, self.ranks.size)
         self.grads = [utils.Params(params.config, np.zeros_like(params.flat)) for _ in range(n)]
         self.pool = ThreadPoolExecutor(n)
         keep_freed_memory()
@@ -269,26 +282,49 @@ class Team:
         return list(self.pool.map(work, range(self.n), [self.n] * self.n))
 
     def gradient(self, params, batches):
-        """Return the loss and the gradient (a Params), means over batches of (tokens, targets)."""
-        batches = list(batches)
+        """Return the loss and the gradient (a Params), means over batches of (tokens, targets).
+
+        Each rank gives its rows of the batches, and gets the means over those of all ranks.
+        """
+        batches, ranks = list(batches), self.ranks
+        weight = 1 / (len(batches) * self.n * ranks.size)
+        arrived = {layer: itertools.count(1) for layer in self.early}
+
+        def done(layer):  # in each thread; the last one to come sends the sum on its way
+            if layer in arrived and next(arrived[layer]) == self.n:
+                ranks.start(self.add_threads, self.early[layer], weight)
+                ranks.start(self.add_ranks, self.early[layer])
+
+        hooks = [lambda layer: None] * (len(batches) - 1) + [done]
 
         def add_gradients(i, n):  # of the rows i, i + n, ... of each batch
             grads, rows = self.grads[i], slice(i, None, n)
             grads.flat[...] = 0
             with np.errstate(all="ignore"):  # train_step tells when the result is not finite
-                return [gpt2.loss_and_grads(params, x[rows], y[rows], grads)[0] for x, y in batches]
-
-        def take_mean(i, n):  # of a part of the buffers
-            first, *others = (np.array_split(grads.flat, n)[i] for grads in self.grads)
-            for other in others:
-                first += other
-            if len(losses) > 1:
-                first *= 1 / len(losses)
+                return [
+                    gpt2.loss_and_grads(params, x[rows], y[rows], grads, hook)[0]
+                    for (x, y), hook in zip(batches, hooks, strict=True)
+                ]
 
         with blas_threads(params.config, self.n):
             losses = np.concatenate(self.share(add_gradients))
-        self.share(take_mean)
-        return float(losses.mean()), self.grads[0]
+        self.share(functools.partial(self.add_threads, self.late, weight))
+        ranks.start(self.add_ranks, self.late)
+        ranks.wait()
+        return float(np.mean(ranks.gather(losses.mean()))), self.grads[0]
+
+    def add_threads(self, parts, weight, i=0, n=1):
+        """Add up the threads' gradients, times `weight`, in these parts: share i of n of each."""
+        for part in parts:
+            first, *others = (np.array_split(grads.flat[part], n)[i] for grads in self.grads)
+            for other in others:
+                first += other
+            if weight < 1:
+                first *= weight
+
+    def add_ranks(self, parts):
+        for part in parts:
+            self.ranks.add(self.grads[0].flat[part])
 
 
 @contextlib.contextmanager
@@ -334,6 +370,29 @@ def keep_freed_memory():
         mallopt(trim_threshold, gigabyte)
 
 
+def pieces(config, n_ranks, least=1 << 23):
+    """Return {layer: parts}, what of a gradient is whole when the backward pass has been through
+    which layer, and the list of the other parts. A part is a slice of the packed buffer.
+
+    The weights of the layers come some layers, and `least` values, at a time. The rest comes at the
+    end, the embeddings because they are also the head; and so does all of a smaller model.
+    """
+    L, stacks, end = config.n_layer, [], 0
+    for shape in utils.layout(config).values():
+        start, end = end, end + math.prod(shape)
+        if len(shape) == 3:  # the weights (L, O, I)
+            stacks.append((start, math.prod(shape[1:])))
+    n = -(-least // sum(size for _, size in stacks))  # layers at a time
+    if n >= L or n_ranks == 1:
+        return {}, [slice(0, end)]
+    early = {}
+    for top in range(L, 0, -n):
+        low = max(0, top - n)
+        early[low] = [slice(start + low * size, start + top * size) for start, size in stacks]
+    edges = [edge for start, size in stacks for edge in (start, start + L * size)]
+    return early, [slice(*pair) for pair in zip([0, *edges[1::2]], [*edges[::2], end], strict=True)]
+
+
 def train_step(run, team, batches):
     """Take one step on the mean gradient of batches (tokens, targets); return loss, norm, rate.
 
@@ -341,9 +400,10 @@ def train_step(run, team, batches):
     returned is that before. Raises ValueError, with the parameters as they were, if the loss or
     the gradient is not finite.
     """
-    s = run.settings
+    s, ranks = run.settings, team.ranks
     loss, grads = team.gradient(run.params, batches)
-    grad_norm = norm(grads.flat, team.share)
+    own = norm(grads.flat[ranks.part(grads.flat.size)], team.share)
+    grad_norm = math.hypot(*ranks.gather(own))
     if not math.isfinite(loss + grad_norm):
         raise ValueError(
             f"training has diverged: at step {run.step + 1} the loss is {loss} and the norm of the "
@@ -353,7 +413,154 @@ def train_step(run, team, batches):
     run.step += 1
     scale = min(1.0, s.grad_clip / (grad_norm + 1e-6))
     run.optimizer.step(run.params, grads, lr, run.step, s, scale, team.share)
+    if not run.optimizer.is_whole:
+        ranks.exchange(run.params.flat)
     return loss, grad_norm, lr
+
+
+# ----------------------------------------------------------------------------------------------
+# Beyond one process: ranks, each of which trains the same model on its own rows of every batch
+
+
+class Ranks:
+    """The processes that train together: here one, which has nobody to wait for."""
+
+    rank, size = 0, 1
+    cores = os.cpu_count() or 1  # of this rank
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Nobody has to know of an error."""
+
+    def part(self, n):
+        """Return the slice of n values that is this rank's."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def start(self, work, *args):
+        """Call work(*args), which may call `add`, after all that was started before it."""
+        work(*args)
+
+    def wait(self):
+        """Return when all that was started is done."""
+
+    def add(self, array):
+        """Make an array the sum of all ranks' arrays, in place."""
+
+    def gather(self, value):
+        """Return the values of all ranks, the same list on each."""
+        return [value]
+
+    def exchange(self, array):
+        """Fill an array, of which this rank has made its `part`, with the parts of the others."""
+
+    def collect(self, part):
+        """Yield the parts of all ranks, one by one."""
+        yield part
+
+    @contextlib.contextmanager
+    def first(self):
+        """Let rank 0 go through a block before the others do, even if it ends with an error."""
+        if self.rank > 0:
+            self.gather(None)
+        try:
+            yield
+        finally:
+            if self.rank == 0:
+                self.gather(None)
+
+
+class MPIRanks(Ranks):
+    """The processes that mpiexec has started, on one machine or many.
+
+    A thread of its own calls MPI, in the order of the calls here: so a sum is made while the main
+    thread computes, and that one always hears Ctrl-C. Only rank 0 is heard; an error anywhere ends
+    the whole job. Raises ImportError if mpi4py is missing or belongs to another MPI than mpiexec.
+    """
+
+    PATIENCE = 10  # seconds for all ranks to meet the same error
+
+    def __init__(self, rank, size):
+        if rank > 0:
+            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            raise ImportError(f"{size} ranks need mpi4py: pip install mpi4py ({error})") from None
+        self.mpi, self.comm, self.rank, self.size = MPI, MPI.COMM_WORLD, rank, size
+        if self.comm.size != size:
+            raise ImportError(
+                f"mpiexec has started {size} ranks, but mpi4py finds {self.comm.size}: it uses the "
+                f"MPI library of another mpiexec: {MPI.Get_library_version()[:30]}"
+            )
+        self.errors, self.thread, self.started = self.comm.Dup(), ThreadPoolExecutor(1), []
+        self._share_cores()
+
+    def _share_cores(self):
+        """Leave BLAS no more than this rank's part of the cores of its machine."""
+        n_here = self.comm.Split_type(self.mpi.COMM_TYPE_SHARED).size
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else Ranks.cores
+        self.cores = max(1, min(allowed, Ranks.cores // n_here))
+        get, set_ = openblas_threads()
+        set_(min(get() or 1, self.cores))
+
+    def __exit__(self, kind, error, trace):
+        """After an error that all ranks meet, end as one would; otherwise tell it, and end all."""
+        if error is None:
+            return
+        try:
+            if kind is not KeyboardInterrupt:
+                return self.thread.submit(self.errors.Barrier).result(self.PATIENCE)
+        except (TimeoutError, self.mpi.Exception):
+            print(f"train.py: error: rank {self.rank}: {error}", file=sys.__stderr__, flush=True)
+        self.comm.Abort(130 if kind is KeyboardInterrupt else 1)
+
+    def start(self, work, *args):
+        self.started.append(self.thread.submit(work, *args))
+
+    def wait(self):
+        try:
+            results = [self.started.pop(0).result() for _ in range(len(self.started))]
+        except self.mpi.Exception as error:
+            raise OSError(f"another rank cannot be reached: {error}") from None
+        return results[-1]
+
+    def _call(self, function, *args):
+        self.start(function, *args)
+        return self.wait()
+
+    def add(self, array):
+        self.comm.Allreduce(self.mpi.IN_PLACE, array)
+
+    def gather(self, value):
+        return self._call(self.comm.allgather, value)
+
+    def exchange(self, array):
+        sizes = self.gather(array[self.part(array.size)].size)
+        self._call(self.comm.Allgatherv, self.mpi.IN_PLACE, [array, sizes])
+
+    def collect(self, part):
+        for rank, size in enumerate(self.gather(part.size)):
+            theirs = part if rank == self.rank else np.empty(size, part.dtype)
+            self._call(self.comm.Bcast, theirs, rank)
+            yield theirs
+
+
+LAUNCHERS = (  # the variables that Open MPI, MPICH and its kin, and Slurm set
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("PMIX_RANK", "SLURM_STEP_NUM_TASKS"),
+)
+
+
+def find_ranks():
+    """Return the Ranks that this process is one of: those of mpiexec, or it alone, without MPI."""
+    for names in LAUNCHERS:
+        rank, size = (int(os.environ.get(name, 0)) for name in names)
+        if size > 1 and names[0] in os.environ:
+            return MPIRanks(rank, size)
+    return Ranks()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -434,21 +641,47 @@ def score(params, enc, tokens, seq_len, stride=None, batch_size=None):
 # What is kept of a run: checkpoints, the log and its picture
 
 
-def save_checkpoint(folder, run):
+def save_checkpoint(folder, run, ranks=None):
     """Write model.bin, for everyone, and state.npz, from which a run goes on, each atomically.
 
     state.npz holds the parameters too: whenever the process dies, it is of one step throughout.
+    All ranks call this, and rank 0 writes; the files do not tell how many there are.
     """
     meta = {"step": run.step, "best_loss": run.best_loss, "settings": asdict(run.settings)}
     meta["config"] = asdict(run.params.config)
-    arrays = {"params": run.params.flat, "m": run.optimizer.m, "v": run.optimizer.v}
+    ranks, optimizer = ranks or Ranks(), run.optimizer
+    collect = (lambda array: [array]) if optimizer.is_whole else ranks.collect
+    arrays = {"params": [run.params.flat], "m": collect(optimizer.m), "v": collect(optimizer.v)}
+    if ranks.rank > 0:
+        for _ in itertools.chain(*arrays.values()):
+            pass
+        return
     with utils.atomic_write(folder / "state.npz") as file:
-        np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+        write_npz(file, json.dumps(meta), arrays, run.params.flat)
     utils.save_params(folder / "model.bin", run.params)
 
 
-def load_checkpoint(folder):
-    """Return the Run of a folder's state.npz; raises ValueError if it is damaged."""
+def write_npz(file, meta, arrays, like):
+    """Write what np.savez would: `meta`, a str, and arrays {name: parts} of the shape of `like`.
+
+    The parts, which come from anywhere, are written one by one, and never are all in memory.
+    """
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open("meta.npy", "w") as member:
+            np.save(member, np.array(meta))
+        for name, parts in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                header = np.lib.format.header_data_from_array_1_0(like)
+                np.lib.format.write_array_header_1_0(member, header)
+                for part in parts:
+                    member.write(part.data)
+
+
+def load_checkpoint(folder, part=None):
+    """Return the Run of a folder's state.npz, with all or a `part` of the optimizer's buffers.
+
+    `part` is a function of their length that returns a slice. Raises ValueError for a damaged file.
+    """
     path = Path(folder) / "state.npz"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file: there is no run to resume in {folder}")
@@ -458,9 +691,10 @@ def load_checkpoint(folder):
             meta = json.loads(str(state["meta"]))
             flat, m, v = (state[name] for name in ("params", "m", "v"))
         params = utils.Params(utils.Config(**meta["config"]), flat)
-        run = Run(params, Settings(**meta["settings"]), meta["step"], meta["best_loss"])
-        run.optimizer.m, run.optimizer.v = m, v
-        check_run(run)
+        optimizer = AdamW(params, part and part(flat.size))
+        run = Run(params, Settings(**meta["settings"]), meta["step"], meta["best_loss"], optimizer)
+        check_run(run, flat, m, v)
+        optimizer.m[...], optimizer.v[...] = m[optimizer.part], v[optimizer.part]
     except Exception as error:  # of damaged files, zipfile and NumPy raise a dozen kinds
         reason = utils.shown(str(error) or type(error).__name__)
         raise ValueError(f"{path}: not a whole checkpoint of train.py: {reason}") from None
@@ -481,9 +715,9 @@ def check_npz(path):
                 raise ValueError(f"{info.filename} claims {size} bytes, more than are there")
 
 
-def check_run(run):
+def check_run(run, *arrays):
     """Raise ValueError unless everything in a run that was read has its type and range."""
-    for array in (run.params.flat, run.optimizer.m, run.optimizer.v):
+    for array in arrays:
         if array.dtype != np.float32 or array.shape != run.params.flat.shape:
             raise ValueError(f"an array of {array.dtype} and shape {array.shape}")
     for name, kind in get_type_hints(Settings).items():
@@ -585,37 +819,58 @@ def train(run, data, on_step=lambda loss, grad_norm, lr: None, stop=lambda: Fals
         on_step(*train_step(run, team, (data.batch(number) for number in numbers)))
 
 
-class Reporter:
-    """What a run tells and keeps as it goes: the progress line, log, validation, checkpoints."""
+class Saver:
+    """What every rank does after a step: its share of the checkpoints."""
 
-    def __init__(self, run, enc, val, out):
+    def __init__(self, run, out, ranks):
+        self.run, self.out, self.ranks = run, out, ranks
+        self.saved_step = None  # a kill may have come between the two files of the last one
+
+    def on_step(self, loss, grad_norm, lr):
+        if self.is_due(self.run.settings.save_every):
+            self.save()
+
+    def close(self):
+        pass
+
+    def is_due(self, every):
+        return self.run.step == self.run.settings.steps or self.run.step % every == 0
+
+    def save(self):
+        """Write a checkpoint, unless the last one is of this very step."""
+        if self.saved_step != self.run.step:
+            save_checkpoint(self.out, self.run, self.ranks)
+            self.saved_step = self.run.step
+
+
+class Reporter(Saver):
+    """What rank 0 tells and keeps beside: the progress line, log, validation, samples."""
+
+    def __init__(self, run, out, ranks, enc, val):
         from tqdm import tqdm
 
+        super().__init__(run, out, ranks)
         s = run.settings
-        self.run, self.enc, self.out = run, enc, out
-        self.val = val[: s.eval_tokens]
+        self.enc, self.val = enc, val[: s.eval_tokens]
         self.log = Log(out / "log.csv", run.step)
-        self.saved_step = None  # a kill may have come between the two files of the last one
         self.bar = tqdm(total=s.steps, initial=run.step, unit="step", dynamic_ncols=True)
         self.time = time.perf_counter()
 
     def on_step(self, loss, grad_norm, lr):
         """Report a step, and do what is due after it."""
         run, s = self.run, self.run.settings
-        last = run.step == s.steps
         speed = s.tokens_per_step / (time.perf_counter() - self.time)
         figures = f"loss {loss:.3f} lr {lr:.1e} norm {grad_norm:.2f} {speed:.0f} tok/s"
         self.bar.set_postfix_str(figures, refresh=False)
         self.bar.update()
         validation = None
-        if last or run.step % s.eval_every == 0:
+        if self.is_due(s.eval_every):
             validation = self.validate()
         scores = (validation.loss, validation.bits_per_byte) if validation else (None, None)
         self.log.add(run.step, loss, lr, grad_norm, speed, *scores)
-        if last or run.step % s.sample_every == 0:
+        if self.is_due(s.sample_every):
             self.sample()
-        if last or run.step % s.save_every == 0:
-            self.save()
+        super().on_step(loss, grad_norm, lr)
         self.time = time.perf_counter()
 
     def validate(self):
@@ -638,12 +893,6 @@ class Reporter:
         self.note(f"step {self.run.step}: a sample at temperature 0.8")
         self.bar.write(s.prompt + enc.decode(list(ids)), file=sys.stdout)
 
-    def save(self):
-        """Write a checkpoint, unless the last one is of this very step."""
-        if self.saved_step != self.run.step:
-            save_checkpoint(self.out, self.run)
-            self.saved_step = self.run.step
-
     def note(self, message):
         self.bar.write(message, file=sys.stderr)
 
@@ -657,20 +906,21 @@ def interrupts():
     """Give a function that tells whether Ctrl-C (or a polite kill) has come since; twice is enough.
 
     A step is thus never left half done: the loop asks between steps. The second Ctrl-C ends the
-    program at once.
+    program at once, unless it comes within a second: mpiexec may pass on one that all have had.
     """
-    asked = threading.Event()
+    times = []
 
     def ask(number, frame):
-        if asked.is_set():
+        if not times:
+            print("\nstopping after this step ...", file=sys.stderr)
+        elif time.monotonic() > times[0] + 1:
             raise KeyboardInterrupt
-        asked.set()
-        print("\nstopping after this step ...", file=sys.stderr)
+        times.append(time.monotonic())
 
     signals = [signal.SIGINT, signal.SIGTERM]
     old = [signal.signal(number, ask) for number in signals]
     try:
-        yield asked.is_set
+        yield lambda: bool(times)
     finally:
         for number, handler in zip(signals, old, strict=True):
             signal.signal(number, handler)
@@ -772,7 +1022,7 @@ def make_parser():
     group = add_all(
         "training",
         ("steps", positive, "steps of the optimizer in all"),
-        ("batch_size", positive, "windows at a time"),
+        ("batch_size", positive, "windows at a time, shared by all ranks under mpiexec"),
         ("seq_len", positive, "tokens a window (default: n_ctx, or at most 256 to fine-tune)"),
         ("grad_accum", positive, "batches a step, their gradients averaged"),
         ("order", ["random", "sequential"], "how windows follow each other"),
@@ -791,6 +1041,12 @@ def make_parser():
     )  # fmt: skip
     tuned = ", ".join(f"{name} {value}" for name, value in FINE_TUNING.items())
     group.description = f"With --init NAME the defaults are {tuned}."
+    group = add_all("training on several machines: mpiexec -n N python train.py --data ...")
+    group.add_argument(
+        "--shard",
+        action="store_true",
+        help="share AdamW's memory among the ranks: less memory, more communication",
+    )
     add_all(
         "reports",
         ("eval_every", positive, "steps between validations"),
@@ -808,14 +1064,20 @@ def make_parser():
     return parser
 
 
-def parse_args(argv=None):
-    """Parse the command line; --resume takes the settings of the run as defaults."""
+def parse_args(argv=None, ranks=None):
+    """Parse the command line; --resume takes the settings of the run as defaults.
+
+    The threads, too, if there are as many ranks as before; otherwise they are chosen anew.
+    """
+    ranks = ranks or Ranks()
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.resume:
         if not (args.out or args.data):
             parser.error("--resume needs --out, the folder of the run")
-        run = load_checkpoint(out_folder(args))
+        run = load_checkpoint(out_folder(args), ranks.part if args.shard else None)
+        if run.settings.ranks != ranks.size:
+            run.settings.threads = None
         parser.set_defaults(run=run, **asdict(run.settings), **asdict(run.params.config))
     elif args.init != "scratch":
         parser.set_defaults(**FINE_TUNING)
@@ -824,7 +1086,7 @@ def parse_args(argv=None):
         parser.error("--data is needed: a text file or a tokens .bin")
     if args.eval_only and args.init == "scratch":
         parser.error("--eval_only needs --init, the model to evaluate")
-    args.out = out_folder(args)
+    args.out, args.ranks = out_folder(args), ranks
     return args
 
 
@@ -912,22 +1174,29 @@ def make_settings(args, config):
     seq_len = args.seq_len or (n_ctx if args.init == "scratch" else min(n_ctx, 256))
     if seq_len > n_ctx:
         raise ValueError(f"--seq_len {seq_len} exceeds n_ctx = {n_ctx}")
+    ranks = args.ranks
+    if args.batch_size % ranks.size:
+        raise ValueError(f"{ranks.size} ranks cannot share --batch_size {args.batch_size} equally")
+    rows = args.batch_size // ranks.size
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     lr = 0.5 / n_embd if args.lr is None else args.lr  # 0.03 for 16 channels, 6.5e-4 for 768
-    threads = args.threads or choose_threads(args.batch_size, seq_len * n_embd)
-    if args.batch_size % threads:
-        raise ValueError(f"--threads {threads} does not divide --batch_size {args.batch_size}")
-    given |= {"seq_len": seq_len, "lr": lr, "threads": threads}
+    threads = args.threads or choose_threads(rows, seq_len * n_embd, ranks.cores)
+    if rows % threads:
+        among = f" / {ranks.size} ranks" if ranks.size > 1 else ""
+        raise ValueError(
+            f"--threads {threads} does not divide --batch_size {args.batch_size}{among}"
+        )
+    given |= {"seq_len": seq_len, "lr": lr, "threads": threads, "ranks": ranks.size}
     given["min_lr"] = lr / 10 if args.min_lr is None else args.min_lr
     given |= {name: given[name] and str(given[name].resolve()) for name in ("data", "val_data")}
     return Settings(**given)
 
 
-def choose_threads(batch_size, row_size):
-    """Return how many threads to share a batch among: as many as there are cores and work for."""
-    if batch_size * row_size < 1 << 17:  # threads would only wait for Python's lock
+def choose_threads(n_rows, row_size, n_cores):
+    """Return how many threads to share rows among: as many as there are cores and work for."""
+    if n_rows * row_size < 1 << 17:  # threads would only wait for Python's lock
         return 1
-    return max(n for n in range(1, (os.cpu_count() or 1) + 1) if batch_size % n == 0)
+    return max(n for n in range(1, n_cores + 1) if n_rows % n == 0)
 
 
 def make_run(args, enc):
@@ -946,7 +1215,8 @@ def make_run(args, enc):
         loaded = gpt2.load(args.init, args.models_dir)
         params = utils.Params(loaded.config, loaded.flat.copy())
         gpt2.check_tokenizer(args.init, params, enc)
-    return Run(params, make_settings(args, params.config))
+    part = args.ranks.part(params.flat.size) if args.shard else None
+    return Run(params, make_settings(args, params.config), optimizer=AdamW(params, part))
 
 
 def describe(run, n_tokens, seconds):
@@ -956,14 +1226,17 @@ def describe(run, n_tokens, seconds):
     left = s.steps - run.step
     n_passes = left * s.tokens_per_step / n_tokens
     per_token = c.n_layer * (20 * c.n_embd + c.n_head * s.seq_len)  # activations kept: see gpt2.py
-    logits = min(gpt2.HEAD_ROWS, s.batch_size * s.seq_len) * c.n_vocab
-    memory = 4 * (4 * n + s.batch_size * s.seq_len * per_token + logits)
+    rows = s.batch_size // s.ranks * s.seq_len
+    logits = s.threads * min(gpt2.HEAD_ROWS, rows // s.threads) * c.n_vocab
+    buffers = (1 + s.threads) * n + 2 * run.optimizer.m.size
+    memory = 4 * (buffers + rows * per_token + logits)
+    who = f" in each of {s.ranks} ranks, threads: {s.threads}" if s.ranks > 1 else ""
     utils.note(
         f"{n:,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, "
         f"{c.n_ctx} tokens of context, a vocabulary of {c.n_vocab}\n"
         f"{left} steps of {s.tokens_per_step} tokens, {n_passes:.1f} passes over {n_tokens}, at a "
         f"learning rate of {s.lr:.2g}: about "
-        f"{left * seconds / 60:.1f} minutes and {memory / 1e6:.0f} MB of memory"
+        f"{left * seconds / 60:.1f} minutes and {memory / 1e6:.0f} MB of memory{who}"
     )
 
 
@@ -972,7 +1245,7 @@ def time_step(run, data, team):
     for _ in range(2):  # the first also fetches memory and wakes threads
         start = time.perf_counter()
         team.gradient(run.params, [data.batch(0)])
-        seconds = time.perf_counter() - start
+        seconds = max(team.ranks.gather(time.perf_counter() - start))
         if seconds > 2:
             break
     return seconds * run.settings.grad_accum
@@ -986,6 +1259,8 @@ def claim_folder(args, enc):
             f"{args.out}: there is a model already: {resume}--overwrite replaces it, and another "
             "--out leaves it alone"
         )
+    if args.ranks.rank > 0:
+        return
     for folder in (args.out, args.out / "best"):
         for name in OUTPUT:
             (folder / name).unlink(missing_ok=True)
@@ -997,27 +1272,41 @@ OUTPUT = ("model.bin", "state.npz", "log.csv")
 
 def train_command(args):
     """Do what the command line asks for, and say how to go on from there."""
-    enc = find_tokenizer(args)
-    tokens, val = split_data(args, enc)
+    ranks = args.ranks
+    with ranks.first():  # it learns and encodes, and the others find that beside the text
+        enc = find_tokenizer(args)
+        tokens, val = split_data(args, enc)
     run = make_run(args, enc)
-    data = Windows(tokens, run.settings)
+    data = Windows(tokens, run.settings, ranks.rank)
     check_validation(val)
+    check_alike(ranks, tokens, run)
     if not args.resume:
         claim_folder(args, enc)
-    team = Team(run.params, run.settings.threads)
+    team = Team(run.params, run.settings.threads, ranks)
     describe(run, len(tokens), time_step(run, data, team))
-    reporter = Reporter(run, enc, val, args.out)
-    with interrupts() as stop:
+    here = run, args.out, ranks
+    reporter = Reporter(*here, enc, val) if ranks.rank == 0 else Saver(*here)
+    with interrupts() as asked:
         try:
-            train(run, data, reporter.on_step, stop, team)
+            train(run, data, reporter.on_step, lambda: any(ranks.gather(asked())), team)
             reporter.save()
         finally:
             reporter.close()
     if run.step < run.settings.steps:
-        command = command_line("train.py", "--resume", "--out", args.out)
+        command = command_line("train.py", "--resume", "--out", args.out, *["--shard"] * args.shard)
+        command = f"mpiexec -n {ranks.size} {command}" if ranks.size > 1 else command
         utils.note(f"{args.out}: saved at step {run.step}; go on with: {command}")
         sys.exit(130)
     say_done(args.out, run)
+
+
+def check_alike(ranks, tokens, run):
+    """Raise ValueError if a rank has read something else than another, from another disk say."""
+    read = {"data": tokens, "parameters": run.params.flat, "step": np.array(run.step)}
+    marks = ranks.gather([zlib.crc32(values) for values in read.values()])
+    for what, of_all in zip(read, zip(*marks, strict=True), strict=True):
+        if len(set(of_all)) > 1:
+            raise ValueError(f"the {what} that the ranks have read are not the same: {of_all}")
 
 
 def check_validation(val):
@@ -1058,11 +1347,12 @@ def eval_command(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    if args.eval_only:
-        eval_command(args)
-    else:
-        train_command(args)
+    with find_ranks() as ranks:
+        args = parse_args(argv, ranks)
+        if args.eval_only:
+            eval_command(args)
+        else:
+            train_command(args)
 
 
 if __name__ == "__main__":

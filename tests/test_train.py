@@ -426,11 +426,11 @@ def test_save_checkpoint_failing_keeps_the_old_one(tmp_path, monkeypatch):
     train.save_checkpoint(tmp_path, run)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full_disk(file, **arrays):
+    def full_disk(file, *arrays):
         file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", full_disk)
+    monkeypatch.setattr(train, "write_npz", full_disk)
     run.step = 3
     with pytest.raises(OSError, match="No space left"):
         train.save_checkpoint(tmp_path, run)
