@@ -513,7 +513,8 @@ class MPIRanks(Ranks):
             if kind is not KeyboardInterrupt:
                 return self.thread.submit(self.errors.Barrier).result(self.PATIENCE)
         except (TimeoutError, self.mpi.Exception):
-            print(f"train.py: error: rank {self.rank}: {error}", file=sys.__stderr__, flush=True)
+            message = f"train.py: error: rank {self.rank}: {' '.join(str(error).split())}"
+            print(message, file=sys.__stderr__, flush=True)
         self.comm.Abort(130 if kind is KeyboardInterrupt else 1)
 
     def start(self, work, *args):
@@ -667,7 +668,7 @@ def write_npz(file, meta, arrays, like):
     The parts, which come from anywhere, are written one by one, and never are all in memory.
     """
     with zipfile.ZipFile(file, "w") as archive:
-        with archive.open("meta.npy", "w") as member:
+        with archive.open("meta.npy", "w", force_zip64=True) as member:
             np.save(member, np.array(meta))
         for name, parts in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
