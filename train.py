@@ -515,6 +515,7 @@ class MPIRanks(Ranks):
         except (TimeoutError, self.mpi.Exception):
             message = f"train.py: error: rank {self.rank}: {' '.join(str(error).split())}"
             print(message, file=sys.__stderr__, flush=True)
+            time.sleep(0.5)  # until mpiexec has passed it on
         self.comm.Abort(130 if kind is KeyboardInterrupt else 1)
 
     def start(self, work, *args):

@@ -3,6 +3,7 @@
 Those that start ranks skip, with a reason, where there is no MPI to start them with.
 """
 
+import importlib.util
 import io
 import json
 import os
@@ -491,3 +492,58 @@ def test_one_process_does_not_import_mpi4py(run, fish, tmp_path):
 
 
 # --- the note on scaling ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scaling(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return pytest.importorskip("scaling")
+
+
+def test_scaling_model_is_its_formula(scaling):
+    c = scaling.CONFIGS["124M"]
+    n_bytes = 4 * utils.n_params(c)
+    assert n_bytes == 497_904_640 - 1024  # the file without its header
+    seconds = scaling.step_time(c, 4, 8.0, 1e9)
+    assert seconds == pytest.approx(8 / 4 + n_bytes * 2 * 3 / 4 / 1e9, rel=1e-12)
+    assert scaling.step_time(c, 1, 8.0, 1e9, True) == 8.0  # nobody to send to
+    hidden = seconds - scaling.step_time(c, 4, 8.0, 1e9, True)
+    layers = 12 * 12 * 768 * 768  # the weights, which do not wait for the embeddings
+    assert hidden == pytest.approx(layers * 4 * 2 * 3 / 4 / 1e9, rel=1e-6)
+    slow = scaling.step_time(c, 4, 8.0, 1e8) - scaling.step_time(c, 4, 8.0, 1e8, True)
+    assert slow == pytest.approx(2 / 3 * 8 / 4)  # no more than the backward pass is hidden
+
+
+def test_scaling_predict_prints_tables(run, tmp_path):
+    picture = tmp_path / "scaling.png"
+    plot = ["--plot", picture] * (importlib.util.find_spec("matplotlib") is not None)
+    done = run("benchmarks/scaling.py", "predict", "--gbits", 10, "--gflops", 1000, *plot)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if re.match(r"\| \d", line)]
+    assert [row[0] for row in rows] == [f"| {n}" for n in (8, 16, 32, 64, 128, 256, 512)] * 2
+    efficiencies = [int(re.search(r"(\d+)%", row[1])[1]) for row in rows[:7]]
+    assert efficiencies == sorted(efficiencies, reverse=True)
+    assert efficiencies[0] > 95 > 60 > efficiencies[-1]
+    assert not plot or picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_measures_steps_on_two_ranks(mpi):
+    arguments = [
+        "--model",
+        "stories",
+        "--batch_size",
+        "2",
+        "--seq_len",
+        "16",
+        "--steps",
+        "2",
+        "--shard",
+    ]
+    done = mpi(2, "benchmarks/scaling.py", "measure", *arguments)
+    assert done.returncode == 0, done.stderr
+    titles, _, row = (line.strip("| ").split(" | ") for line in done.stdout.splitlines())
+    found = dict(zip(titles, row, strict=True))
+    assert (found["ranks"], found["threads"], found["shard"]) == ("2", "1", "yes")
+    step, gradient, summing = (float(found[name][:-2]) for name in ("step", "gradient", "sum"))
+    assert gradient > 0 and 0 < summing < step
+    assert int(found["tokens/s"]) > 0
