@@ -452,6 +452,7 @@ def cross_entropy_backward(dout, cache):
 
 
 HEAD_ROWS = 256  # rows whose logits exist at one time: 50 MB of float32 for GPT-2's vocabulary
+HEAD_IDS = 4096  # ids whose gradient is added up at one time
 
 
 def head(x, p, targets, d=None):
@@ -471,7 +472,9 @@ def head(x, p, targets, d=None):
         losses[rows], cache = cross_entropy(logits, targets[rows])
         if d is not None:
             dlogits = cross_entropy_backward(dout[rows], cache)
-            d.wte += dlogits.T @ x[rows]
+            for first in range(0, len(d.wte), HEAD_IDS):  # a product as large as wte is not made
+                ids = slice(first, first + HEAD_IDS)
+                d.wte[ids] += dlogits[:, ids].T @ x[rows]
             dx[rows] = dlogits @ p.wte
     return losses, dx
 

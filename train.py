@@ -251,9 +251,9 @@ def norm(values, share=alone, block=1 << 16):
 
     def squares(i, n):
         parts = (values[at : at + block] for at in starts[i::n])
-        return sum(float(np.dot(part, part)) for part in parts)
+        return [float(np.dot(part, part)) for part in parts]
 
-    return math.sqrt(sum(share(squares)))
+    return math.sqrt(math.fsum(itertools.chain(*share(squares))))  # the same in any order
 
 
 class Team:
@@ -272,14 +272,19 @@ class Team:
         self.n, self.ranks = n, ranks or Ranks()
         self.early, self.late = pieces(params.config, self.ranks.size)
         self.grads = [utils.Params(params.config, np.zeros_like(params.flat)) for _ in range(n)]
-        self.pool = ThreadPoolExecutor(n)
+        is_large = params.flat.size > 1 << 20  # so that waking a thread costs less than it does
+        self.n_elementwise = max(n, utils.blas_threads()) if is_large else n
+        self.pool = ThreadPoolExecutor(self.n_elementwise)
         keep_freed_memory()
 
     def share(self, work):
-        """Return [work(0, n), work(1, n), ...], each called in a thread of its own."""
-        if self.n == 1:
+        """Return [work(0, n), work(1, n), ...], elementwise work on parts of the buffers."""
+        return self._in_threads(work, self.n_elementwise)
+
+    def _in_threads(self, work, n):
+        if n == 1:
             return alone(work)
-        return list(self.pool.map(work, range(self.n), [self.n] * self.n))
+        return list(self.pool.map(work, range(n), [n] * n))
 
     def gradient(self, params, batches):
         """Return the loss and the gradient (a Params), means over batches of (tokens, targets).
@@ -307,7 +312,7 @@ class Team:
                 ]
 
         with blas_threads(params.config, self.n):
-            losses = np.concatenate(self.share(add_gradients))
+            losses = np.concatenate(self._in_threads(add_gradients, self.n))
         self.share(functools.partial(self.add_threads, self.late, weight))
         ranks.start(self.add_ranks, self.late)
         ranks.wait()
@@ -327,33 +332,15 @@ class Team:
             self.ranks.add(self.grads[0].flat[part])
 
 
-@contextlib.contextmanager
 def blas_threads(config, n=1):
-    """Give a matrix product one thread within the block, if n threads of ours share the work.
+    """Give a matrix product one thread within a `with`, if n threads of ours share the work.
 
     So too for a small model, whose products are done before a second thread has woken up. Does
     nothing where NumPy has another BLAS than OpenBLAS.
     """
-    get, set_ = openblas_threads()
-    before = get()
     if n > 1 or config.n_embd < 256:
-        set_(1)
-    try:
-        yield
-    finally:
-        set_(before)
-
-
-@functools.cache
-def openblas_threads():
-    """Return the functions of NumPy's OpenBLAS that get and set its number of threads."""
-    numpy = Path(np.__file__).parent
-    for path in [*numpy.parent.glob("numpy.libs/*openblas*"), *numpy.glob(".dylibs/*openblas*")]:
-        library = ctypes.CDLL(str(path))
-        for name in ("scipy_openblas_{}_num_threads64_", "openblas_{}_num_threads64_"):
-            if hasattr(library, name.format("set")):
-                return [getattr(library, name.format(verb)) for verb in ("get", "set")]
-    return lambda: None, lambda n: None
+        return utils.one_blas_thread(then=utils.blas_threads())
+    return contextlib.nullcontext()
 
 
 def keep_freed_memory():
@@ -502,8 +489,7 @@ class MPIRanks(Ranks):
         n_here = self.comm.Split_type(self.mpi.COMM_TYPE_SHARED).size
         allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else Ranks.cores
         self.cores = max(1, min(allowed, Ranks.cores // n_here))
-        get, set_ = openblas_threads()
-        set_(min(get() or 1, self.cores))
+        utils.set_blas_threads(min(utils.blas_threads(), self.cores))
 
     def __exit__(self, kind, error, trace):
         """After an error that all ranks meet, end as one would; otherwise tell it, and end all."""

@@ -71,15 +71,21 @@ def blas_threads():
     return get() if get else 1
 
 
+def set_blas_threads(n):
+    """Give a matrix product n threads, where NumPy's BLAS is OpenBLAS."""
+    set_threads = openblas("set_num_threads")
+    if set_threads:
+        set_threads(n)
+
+
 @contextlib.contextmanager
 def one_blas_thread(then):
     """Give matrix products one thread within the block, and `then` threads after it."""
-    set_threads = openblas("set_num_threads") or (lambda n: None)
-    set_threads(1)
+    set_blas_threads(1)
     try:
         yield
     finally:
-        set_threads(then)
+        set_blas_threads(then)
 
 
 def blas_kernels():

@@ -267,6 +267,7 @@ def test_cross_entropy_gradient_is_numeric_and_zero_where_ignored():
 @pytest.mark.parametrize("targets", [[0, 6, -1, 3, 3, -1, 2], [-1, -1, -1, -1, 5, -1, -1]], ids=str)
 def test_head_gradient_is_numeric_over_blocks_of_rows(targets, head_rows, monkeypatch):
     monkeypatch.setattr(gpt2, "HEAD_ROWS", head_rows)
+    monkeypatch.setattr(gpt2, "HEAD_IDS", head_rows)
     params, targets = random_params(MINI), np.array(targets)
     x, grads = normal(7, 4), random_params(MINI, seed=8)
     before, n_counted = grads.flat.copy(), (targets >= 0).sum()

@@ -253,16 +253,23 @@ def test_train_step_is_that_of_the_whole_batch_however_it_is_shared(n_threads, n
 
 
 def test_team_leaves_the_number_of_blas_threads():
-    get, set_ = train.openblas_threads()
-    before, seen = get(), []
+    before, seen = utils.blas_threads(), []
     wide = replace(TINY, n_embd=256)
-    set_(2)
+    utils.set_blas_threads(2)
     for config, n in ((TINY, 1), (wide, 1), (wide, 2)):
         with train.blas_threads(config, n):
-            seen.append(get())
-        assert get() in (2, None)
-    set_(before)
-    assert before is None or seen == [1, 2, 1]
+            seen.append(utils.blas_threads())
+        assert utils.blas_threads() == (2 if utils.openblas("get_num_threads") else 1)
+    utils.set_blas_threads(before)
+    assert seen == [1, 2, 1] or not utils.openblas("get_num_threads")
+
+
+def test_team_of_one_shares_the_elementwise_work_on_large_buffers(monkeypatch):
+    monkeypatch.setattr(utils, "blas_threads", lambda: 3)
+    large = utils.Config(n_vocab=1 << 16, n_ctx=4, n_embd=16, n_head=2, n_layer=1)
+    for config, n_parts in ((TINY, 1), (large, 3)):
+        team = train.Team(train.init_params(config))
+        assert team.share(lambda i, n: (i, n)) == [(i, n_parts) for i in range(n_parts)]
 
 
 def test_train_step_clips_the_gradient_to_its_limit():
