@@ -138,18 +138,22 @@ def plot(record, path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     rows = [row for row in make_rows(record) if row["ratio"] and row["letter"] != "limit"][::-1]
     peers = [who for who in record["labels"] if any(row["who"] == who for row in rows)]
     figure, axes = plt.subplots(figsize=(9, 1 + 0.24 * len(rows)), dpi=120)
     for i, who in enumerate(peers):
-        bars = [(at, row["ratio"]) for at, row in enumerate(rows) if row["who"] == who]
-        axes.barh(*zip(*bars, strict=True), color=f"C{i}", label=record["labels"][who])
+        bars = [(at, row["ratio"] - 1) for at, row in enumerate(rows) if row["who"] == who]
+        axes.barh(*zip(*bars, strict=True), left=1, color=f"C{i}", label=record["labels"][who])
     for at, row in enumerate(rows):
         axes.annotate(f" {row['ratio']:.2f}", (row["ratio"], at), va="center", fontsize=7)
     axes.set_yticks(range(len(rows)), [row["title"] for row in rows], fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="ours is better by this factor (1: equal), in time or memory")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.legend(fontsize=7)
     figure.savefig(path, format="png", bbox_inches="tight")
     plt.close(figure)

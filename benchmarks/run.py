@@ -10,6 +10,7 @@ measures: neither its memory nor its environment shall count.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -274,7 +275,18 @@ def parse_args(argv=None):
         value = getattr(args, name)
         if value is not None and not low <= value < 1e6:
             parser.error(f"argument --{name}: {value} is not {low} or more")
+    check_outputs(parser, args)  # now, not when half an hour has been spent
     return args
+
+
+def check_outputs(parser, args):
+    """Exit with status 2 if a file that is asked for could not be made."""
+    for name in ("json", "plot"):
+        path = getattr(args, name)
+        if path and not path.absolute().parent.is_dir():
+            parser.error(f"argument --{name}: {path.parent}: no such folder")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("argument --plot: not installed: pip install matplotlib")
 
 
 def choose_items(parser, args):

@@ -377,6 +377,7 @@ def test_command_writes_json_that_gives_the_same_table(run, tmp_path):
         (["--seconds", "-1"], "-1.0 is not 0 or more"),
         (["--seconds", "nan"], "nan is not 0 or more"),
         (["--sizes", "huge"], "invalid choice"),
+        (["--json", "nowhere/result.json"], "nowhere: no such folder"),
     ],
 )
 def test_bad_flag_is_refused(run, flags, words):
