@@ -12,16 +12,19 @@ It is the time to add up gradients by rings, where each machine sends and receiv
 times the buffer; the latency of the network, which small models feel, is left out.
 """
 
+# isort: off
 import sys
-import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils  # before NumPy: it may choose the kernels of its BLAS
+
+# isort: on
+import time
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import train
-import utils
 
 CONFIGS = {
     "stories": utils.Config(n_vocab=2048, n_ctx=256, n_embd=192, n_head=6, n_layer=6),

@@ -528,18 +528,8 @@ def test_scaling_predict_prints_tables(run, tmp_path):
 
 
 def test_scaling_measures_steps_on_two_ranks(mpi):
-    arguments = [
-        "--model",
-        "stories",
-        "--batch_size",
-        "2",
-        "--seq_len",
-        "16",
-        "--steps",
-        "2",
-        "--shard",
-    ]
-    done = mpi(2, "benchmarks/scaling.py", "measure", *arguments)
+    arguments = ["--model", "stories", "--batch_size", "2", "--seq_len", "16", "--steps", "2"]
+    done = mpi(2, "benchmarks/scaling.py", "measure", *arguments, "--shard")
     assert done.returncode == 0, done.stderr
     titles, _, row = (line.strip("| ").split(" | ") for line in done.stdout.splitlines())
     found = dict(zip(titles, row, strict=True))
