@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -336,6 +337,7 @@ def limit_threads(wanted):
 
 
 def main():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the folder is removed
     args = parse_args()
     if args.list:
         print("\n".join(f"{item.letter:5} {item.name:16} {item.title}" for item in args.chosen))
