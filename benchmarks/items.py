@@ -70,7 +70,7 @@ class Sizes:
     n_vocab: int = 4096  # of the vocabulary that is learned
     names: Shape = Shape(257, 16, 16, 4, 1)
     names_steps: int = 1000
-    stories: Shape = Shape(2048, 256, 192, 6, 6)  # the bundled model
+    stories: Shape = Shape(4096, 256, 216, 6, 5)  # the bundled model
     stories_batch: tuple = (8, 256)
     stories_tokens: int = 200
 

@@ -27,7 +27,7 @@ import numpy as np
 import train
 
 CONFIGS = {
-    "stories": utils.Config(n_vocab=2048, n_ctx=256, n_embd=192, n_head=6, n_layer=6),
+    "stories": utils.Config(n_vocab=4096, n_ctx=256, n_embd=216, n_head=6, n_layer=5),
     "124M": utils.Config(),
     "355M": utils.Config(n_embd=1024, n_head=16, n_layer=24),
     "774M": utils.Config(n_embd=1280, n_head=20, n_layer=36),
