@@ -35,7 +35,7 @@ import utils
 
 TINY = utils.Config(n_vocab=openai_files.N_VOCAB, n_ctx=8, n_embd=8, n_head=2, n_layer=2)
 TIMES = float(os.environ.get("FUZZ", 1))
-SECONDS = 20  # more than this for a small file counts as a hang
+SECONDS = 20  # of computing: more than this for a small file counts as a hang
 MEMORY = 64  # bytes allowed for each byte of the files, and on top of that
 MEMORY_AT_LEAST = 1 << 20
 
@@ -46,7 +46,7 @@ class Hang(BaseException):
 
 @contextlib.contextmanager
 def time_limit(seconds=SECONDS):
-    """Raise Hang if the block takes longer, where there is a signal to do so."""
+    """Raise Hang if the block computes for longer, where there is a signal to do so."""
     if not hasattr(signal, "setitimer"):
         yield
         return
@@ -54,13 +54,13 @@ def time_limit(seconds=SECONDS):
     def stop(number, frame):
         raise Hang(f"over {seconds} s")
 
-    old = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    old = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, old)
 
 
 @pytest.fixture(autouse=True)
