@@ -13,6 +13,8 @@ Reading order: the text is split into pieces (`PIECES`), the bytes of a piece ar
 Sources: Sennrich et al. 2016, arXiv:1508.07909 (BPE); Radford et al. 2019, section 2.2 (on bytes).
 """
 
+from __future__ import annotations
+
 import argparse
 import codecs
 import os
@@ -23,11 +25,18 @@ from collections import Counter, defaultdict, deque
 from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import utils  # isort: skip (before NumPy: it chooses the kernels of its BLAS)
 
 import numpy as np
 import regex
+
+if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
+    from collections.abc import Iterable
+    from typing import Any
+
+    Ids = Any  # one id, a list or an array (N,), checked where they come in
 
 # ----------------------------------------------------------------------------------------------
 # Splitting: nothing is ever merged across two pieces, so that "dog." and "dog!" share a token
@@ -50,7 +59,7 @@ WORDS = re.compile(rf"{SPACE}*(?:[A-Za-z]+(?:[^\s\x00-\x7f]{OTHER}*)?|{OTHER}+)|
 # Merging: the bytes of a piece into tokens
 
 
-def merge(piece, ids):
+def merge(piece: bytes, ids: dict[bytes, int]) -> list[int]:
     """Return the ids of the tokens that the bytes of a piece merge to; `ids` is {token: id}.
 
     While two neighbours join to a token, the pair whose token has the lowest id is merged, of equal
@@ -128,7 +137,7 @@ class Encoder:
             ids += merge(piece, self._ids) if id is None else (id,)
         return tuple(ids)
 
-    def encode(self, text, allow_special=False):
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Return the ids (a list) of a text.
 
         `<|endoftext|>` in the text is ordinary text, unless `allow_special`: then it is the id
@@ -144,7 +153,7 @@ class Encoder:
         ids = chain.from_iterable([self.eot, *self.encode(document)] for document in documents)
         return list(ids)[1:]
 
-    def decode_bytes(self, ids):
+    def decode_bytes(self, ids: Ids) -> bytes:
         """Return the bytes of ids: an int, a list, or an array (N,); ValueError if one is unknown.
 
         They need not be whole characters: a token can end inside one.
@@ -157,15 +166,15 @@ class Encoder:
                 raise ValueError(f"token id {id} is not in the vocabulary of {self.n_vocab} tokens")
         return b"".join([self.tokens[id] for id in ids.tolist()])
 
-    def decode(self, ids):
+    def decode(self, ids: Ids) -> str:
         """Return the text of ids, as `decode_bytes`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def stream(self):
+    def stream(self) -> StreamDecoder:
         """Return a StreamDecoder, which decodes ids one at a time."""
         return StreamDecoder(self)
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Write the token table as llm.c's `tokenizer.bin`."""
         utils.save_tokenizer(path, self.tokens, self.eot)
 
@@ -189,7 +198,7 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def load(name, models_dir=utils.MODELS_DIR):
+def load(name: str | Path, models_dir: str | Path = utils.MODELS_DIR) -> Encoder:
     """Return the Encoder of a model in `models_dir`, such as "124M", or of a path.
 
     The path is a folder or a token table in any format that `utils.load_tokenizer` reads. One of
@@ -207,7 +216,7 @@ def load(name, models_dir=utils.MODELS_DIR):
 # Learning a token table
 
 
-def train(texts, n_vocab):
+def train(texts: str | Iterable[str], n_vocab: int) -> Encoder:
     """Return an Encoder of `n_vocab` tokens, learned from a text or an iterable of texts.
 
     The table is 256 bytes, in GPT-2's order, then the merges, most frequent first, then
@@ -223,7 +232,7 @@ def train(texts, n_vocab):
     return train_on_pieces(count_pieces([texts] if isinstance(texts, str) else texts), n_vocab)
 
 
-def train_on_pieces(pieces, n_vocab):
+def train_on_pieces(pieces: dict[str, int], n_vocab: int) -> Encoder:
     """Return the Encoder that `train` learns, given {piece: count}."""
     if n_vocab < 257:
         raise ValueError(f"n_vocab = {n_vocab}: 256 bytes and {utils.EOT_TEXT} are 257 tokens")
@@ -232,9 +241,9 @@ def train_on_pieces(pieces, n_vocab):
     return Encoder([*tokens, utils.EOT_TEXT.encode()], eot=n_vocab - 1)
 
 
-def count_pieces(texts):
+def count_pieces(texts: Iterable[str]) -> Counter[str]:
     """Return how often each piece occurs in the texts, a Counter {piece: count}."""
-    pieces = Counter()
+    pieces: Counter[str] = Counter()
     for text in texts:
         for document in text.split(utils.EOT_TEXT):
             for word, count in Counter(WORDS.findall(document)).items():

@@ -14,6 +14,8 @@ V vocabulary; a gradient has the shape of what it is the gradient of. No layer n
 float32 parameters compute in float32, float64 in float64.
 """
 
+from __future__ import annotations
+
 import copy
 import math
 import shutil
@@ -22,6 +24,7 @@ import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import utils  # isort: skip (before NumPy: it chooses the kernels of its BLAS)
 
@@ -29,11 +32,28 @@ import numpy as np
 
 import encoder
 
+if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
+    from collections.abc import Callable, Sequence
+    from typing import Any, SupportsFloat, SupportsIndex
+
+    from jaxtyping import Float, Integer
+    from numpy import ndarray
+    from numpy.random import Generator
+    from numpy.typing import DTypeLike
+
+    from utils import Config, Params
+
+    Node = Any  # parameters, or their gradients, by name: p.w, p.ln_1.g
+    Cache = Any  # what a backward needs of its forward
+    Ids = Any  # ids (T,) or (B, T) in a list or an array, checked where they come in
+
 # ----------------------------------------------------------------------------------------------
 # The layers
 
 
-def embed(tokens, positions, p):
+def embed(
+    tokens: Integer[ndarray, "B T"], positions: Integer[ndarray, "#B T"], p: Node
+) -> tuple[Float[ndarray, "B T C"], Cache]:
     """Look up token and position embeddings: tokens (B, T), positions (B or 1, T) -> (B, T, C).
 
     Both are learned, as in Radford et al. 2018, "Improving Language Understanding by Generative
@@ -42,7 +62,7 @@ def embed(tokens, positions, p):
     return p.wte[tokens] + p.wpe[positions], (tokens, positions)
 
 
-def embed_backward(dout, cache, d):
+def embed_backward(dout: Float[ndarray, "B T C"], cache: Cache, d: Node) -> None:
     """Each row of dout is added to the row of wte, and of wpe, that it was looked up from.
 
     positions (1, T): a batch that is trained on has no KV cache, and its rows start together.
@@ -52,7 +72,9 @@ def embed_backward(dout, cache, d):
     np.add.at(d.wte, tokens, dout)  # not `d.wte[tokens] += dout`: a token may occur twice
 
 
-def layer_norm(x, p, eps=1e-5):
+def layer_norm(
+    x: Float[ndarray, "*N C"], p: Node, eps: float = 1e-5
+) -> tuple[Float[ndarray, "*N C"], Cache]:
     """Normalise each row to mean 0 and variance 1, then scale and shift: x (..., C) -> (..., C).
 
     Ba et al. 2016, arXiv:1607.06450.
@@ -63,7 +85,9 @@ def layer_norm(x, p, eps=1e-5):
     return norm * p.g + p.b, (norm, rstd)
 
 
-def layer_norm_backward(dout, cache, p, d):
+def layer_norm_backward(
+    dout: Float[ndarray, "*N C"], cache: Cache, p: Node, d: Node
+) -> Float[ndarray, "*N C"]:
     """dx = rstd (dnorm - mean(dnorm) - norm mean(dnorm norm)), where dnorm = dout g."""
     norm, rstd = cache
     d.b += sum_rows(dout)
@@ -74,7 +98,7 @@ def layer_norm_backward(dout, cache, p, d):
     return dx
 
 
-def row_sum(*factors):
+def row_sum(*factors: Float[ndarray, "*N C"]) -> Float[ndarray, "*N 1"]:
     """Sum the product of arrays (..., C) along the last axis -> (..., 1).
 
     einsum does it in one pass, without an array for the product, and faster than `sum` does.
@@ -83,19 +107,21 @@ def row_sum(*factors):
     return np.einsum(subscripts, *factors)[..., None]
 
 
-def row_mean(*factors):
+def row_mean(*factors: Float[ndarray, "*N C"]) -> Float[ndarray, "*N 1"]:
     """The mean instead of the sum: (..., C) -> (..., 1)."""
     return row_sum(*factors) / factors[0].shape[-1]
 
 
-def linear(x, p):
+def linear(x: Float[ndarray, "*N I"], p: Node) -> tuple[Float[ndarray, "*N O"], Cache]:
     """x w^T + b: x (..., I) -> (..., O), with w (O, I)."""
     out = as_rows(x) @ p.w.T  # one matrix product over all rows, not one for each batch entry
     out += p.b
     return out.reshape(*x.shape[:-1], -1), x
 
 
-def linear_backward(dout, cache, p, d):
+def linear_backward(
+    dout: Float[ndarray, "*N O"], cache: Cache, p: Node, d: Node
+) -> Float[ndarray, "*N I"]:
     """dx = dout w;  dw = dout^T x;  db = the sum of dout over all rows."""
     x = cache
     d.b += sum_rows(dout)
@@ -103,12 +129,12 @@ def linear_backward(dout, cache, p, d):
     return (as_rows(dout) @ p.w).reshape(x.shape)
 
 
-def as_rows(x):
+def as_rows(x: Float[ndarray, "*N C"]) -> Float[ndarray, "M C"]:
     """View (..., C) as (N, C)."""
     return x.reshape(-1, x.shape[-1])
 
 
-def sum_rows(x):
+def sum_rows(x: Float[ndarray, "*N C"]) -> Float[ndarray, " C"]:
     """Sum (..., C) over all but the last axis -> (C,)."""
     return as_rows(x).sum(0)
 
@@ -116,7 +142,7 @@ def sum_rows(x):
 GELU_SCALE = math.sqrt(2 / math.pi)  # math, not np: a NumPy scalar would turn float32 into float64
 
 
-def gelu(x):
+def gelu(x: Float[ndarray, "*N C"]) -> tuple[Float[ndarray, "*N C"], Cache]:
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), elementwise.
 
     Hendrycks and Gimpel 2016, arXiv:1606.08415, in the tanh form that GPT-2 was trained with.
@@ -132,7 +158,7 @@ def gelu(x):
     return out, (x, tanh)
 
 
-def gelu_backward(dout, cache):
+def gelu_backward(dout: Float[ndarray, "*N C"], cache: Cache) -> Float[ndarray, "*N C"]:
     """dx = dout 0.5 (1 + tanh + x (1 - tanh^2) sqrt(2 / pi) (1 + 3 0.044715 x^2))."""
     x, tanh = cache
     dx = x * x
@@ -147,7 +173,7 @@ def gelu_backward(dout, cache):
     return dx
 
 
-def softmax(x):
+def softmax(x: Float[ndarray, "*N S"]) -> Float[ndarray, "*N S"]:
     """Turn scores (..., S) into probabilities along the last axis, in place.
 
     Taking the largest score off each row first changes nothing and keeps exp from overflowing.
@@ -158,7 +184,9 @@ def softmax(x):
     return x
 
 
-def softmax_backward(dout, att):
+def softmax_backward(
+    dout: Float[ndarray, "*N S"], att: Float[ndarray, "*N S"]
+) -> Float[ndarray, "*N S"]:
     """dscores = att (dout - sum(dout att)), in place of dout."""
     dout -= row_sum(dout, att)
     dout *= att
@@ -168,7 +196,12 @@ def softmax_backward(dout, att):
 ATTEND_ROWS = 128  # queries at a time
 
 
-def attend(q, k, v, positions):
+def attend(
+    q: Float[ndarray, "B H T D"],
+    k: Float[ndarray, "B H S D"],
+    v: Float[ndarray, "B H S D"],
+    positions: Integer[ndarray, "#B T"],
+) -> tuple[Float[ndarray, "B H T D"], Cache]:
     """Mix the values by how well each query matches each key that is not later than itself.
 
     q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D): softmax(q k^T / sqrt(D)) v. Key s is at
@@ -198,7 +231,9 @@ def attend(q, k, v, positions):
     return out, (q, k, v, atts)
 
 
-def attend_backward(dout, cache):
+def attend_backward(
+    dout: Float[ndarray, "B H T D"], cache: Cache
+) -> tuple[Float[ndarray, "B H T D"], Float[ndarray, "B H S D"], Float[ndarray, "B H S D"]]:
     """dv = att^T dout;  dscores = softmax_backward(dout v^T);  dq, dk = dscores (k, q) / sqrt(D).
 
     Nothing is needed for the keys that were hidden: their att, and so their dscores, are 0.
@@ -224,7 +259,7 @@ def attend_backward(dout, cache):
 OVER_HEADS = 1 << 24  # multiplications
 
 
-def over_heads(function, n_head, work):
+def over_heads(function: Callable[[slice], None], n_head: int, work: int) -> None:
     """Call function(heads) for slices of the heads: in threads, if the work is worth it.
 
     As many threads as BLAS has for a matrix product, with one BLAS thread each: the products of a
@@ -239,7 +274,13 @@ def over_heads(function, n_head, work):
         list(threads.map(function, map(slice, bounds, bounds[1:])))
 
 
-def attention(x, p, n_head, positions, past=None):
+def attention(
+    x: Float[ndarray, "B T C"],
+    p: Node,
+    n_head: int,
+    positions: Integer[ndarray, "#B T"],
+    past: Float[ndarray, "2 B H n_ctx D"] | None = None,
+) -> tuple[Float[ndarray, "B T C"], Cache]:
     """Multi-head causal self-attention: x (B, T, C) -> (B, T, C).
 
     With `past`, one layer of a KVCache, the keys and values of earlier calls are seen too.
@@ -254,7 +295,9 @@ def attention(x, p, n_head, positions, past=None):
     return out, (x, heads, merged)
 
 
-def attention_backward(dout, cache, p, d, n_head):
+def attention_backward(
+    dout: Float[ndarray, "B T C"], cache: Cache, p: Node, d: Node, n_head: int
+) -> Float[ndarray, "B T C"]:
     """The steps of `attention` undone one by one."""
     x, heads, merged = cache
     dout = linear_backward(dout, merged, p.c_proj, d.c_proj)  # (B, T, C)
@@ -263,20 +306,22 @@ def attention_backward(dout, cache, p, d, n_head):
     return linear_backward(dqkv, x, p.c_attn, d.c_attn)
 
 
-def split_heads(x, n_head, n_parts=3):
+def split_heads(
+    x: Float[ndarray, "B T W"], n_head: int, n_parts: int = 3
+) -> Float[ndarray, "{n_parts} B {n_head} T D"]:
     """View (B, T, n_parts C) as n_parts arrays (B, H, T, D); a head's channels are adjacent."""
     B, T, width = x.shape
     x = x.reshape(B, T, n_parts, n_head, width // n_parts // n_head)
     return x.transpose(2, 0, 3, 1, 4)
 
 
-def merge_heads(x):
+def merge_heads(x: Float[ndarray, "B H T D"]) -> Float[ndarray, "B T H*D"]:
     """(B, H, T, D) -> (B, T, C), the inverse of `split_heads`."""
     B, H, T, D = x.shape
     return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
 
 
-def mlp(x, p):
+def mlp(x: Float[ndarray, "B T C"], p: Node) -> tuple[Float[ndarray, "B T C"], Cache]:
     """Two linear layers with GELU between them, 4C wide inside: x (B, T, C) -> (B, T, C).
 
     Vaswani et al. 2017, 3.3, there with ReLU.
@@ -287,7 +332,9 @@ def mlp(x, p):
     return out, (x, activation, h)
 
 
-def mlp_backward(dout, cache, p, d):
+def mlp_backward(
+    dout: Float[ndarray, "B T C"], cache: Cache, p: Node, d: Node
+) -> Float[ndarray, "B T C"]:
     """The steps of `mlp` undone one by one."""
     x, activation, h = cache
     dh = linear_backward(dout, h, p.c_proj, d.c_proj)
@@ -295,7 +342,13 @@ def mlp_backward(dout, cache, p, d):
     return linear_backward(dh, x, p.c_fc, d.c_fc)
 
 
-def block(x, p, n_head, positions, past=None):
+def block(
+    x: Float[ndarray, "B T C"],
+    p: Node,
+    n_head: int,
+    positions: Integer[ndarray, "#B T"],
+    past: Float[ndarray, "2 B H n_ctx D"] | None = None,
+) -> tuple[Float[ndarray, "B T C"], Cache]:
     """One transformer block: attention, then MLP, each added to the residual stream (B, T, C).
 
     The sums are the residual connections of He et al. 2015, arXiv:1512.03385. GPT-2 normalises the
@@ -310,7 +363,9 @@ def block(x, p, n_head, positions, past=None):
     return x, (ln_1, attn, ln_2, mlp_)
 
 
-def block_backward(dx, cache, p, d, n_head):
+def block_backward(
+    dx: Float[ndarray, "B T C"], cache: Cache, p: Node, d: Node, n_head: int
+) -> Float[ndarray, "B T C"]:
     """A sum passes its gradient on to both terms: each branch adds to what the stream carries."""
     ln_1, attn, ln_2, mlp_ = cache
     dh = mlp_backward(dx, mlp_, p.mlp, d.mlp)
@@ -324,7 +379,9 @@ def block_backward(dx, cache, p, d, n_head):
 # The model
 
 
-def forward(params, tokens, kv=None, record=None):
+def forward(
+    params: Params, tokens: Ids, kv: KVCache | None = None, record: dict[str, ndarray] | None = None
+) -> Float[ndarray, "*B T V"]:
     """Return the logits of the next token after each token: (T,) -> (T, V), or (B, T) -> (B, T, V).
 
     With kv, a KVCache of batch size B, `tokens` continue those of earlier calls and only they are
@@ -336,8 +393,8 @@ def forward(params, tokens, kv=None, record=None):
     Raises ValueError for an id outside the vocabulary or a position beyond n_ctx.
     """
     batch, single = check_tokens(params.config, tokens, kv), np.ndim(tokens) == 1
-    recorded = None if record is None else {}
-    x = transformer(params, batch, kv, record=recorded)
+    recorded: dict[str, ndarray] = {}
+    x = transformer(params, batch, kv, record=None if record is None else recorded)
     logits = x @ params.wte.T
     if record is not None:
         recorded |= {"ln_f": x, "logits": logits}
@@ -345,7 +402,7 @@ def forward(params, tokens, kv=None, record=None):
     return logits[0] if single else logits
 
 
-def check_tokens(config, tokens, kv=None):
+def check_tokens(config: Config, tokens: Ids, kv: KVCache | None = None) -> Integer[ndarray, "B T"]:
     """Return tokens as an array (B, T); raise ValueError if the model cannot take them."""
     tokens = np.asarray(tokens)
     if tokens.ndim not in (1, 2) or tokens.size == 0 or tokens.dtype.kind not in "iu":
@@ -365,7 +422,13 @@ def check_tokens(config, tokens, kv=None):
     return tokens
 
 
-def transformer(params, tokens, kv=None, caches=None, record=None):
+def transformer(
+    params: Params,
+    tokens: Integer[ndarray, "B T"],
+    kv: KVCache | None = None,
+    caches: list | None = None,
+    record: dict[str, ndarray] | None = None,
+) -> Float[ndarray, "B T C"]:
     """Run everything but the head: tokens (B, T) -> x (B, T, C), normalised by ln_f.
 
     `caches`, a list, receives what `transformer_backward` needs; without it the cache of a layer
@@ -392,7 +455,13 @@ def transformer(params, tokens, kv=None, caches=None, record=None):
     return x
 
 
-def transformer_backward(dx, caches, params, grads, done=lambda layer: None):
+def transformer_backward(
+    dx: Float[ndarray, "B T C"],
+    caches: list,
+    params: Params,
+    grads: Params,
+    done: Callable[[int], None] = lambda layer: None,
+) -> None:
     """Add to grads what dx (B, T, C), the gradient of the transformer's output, implies.
 
     `done(i)` is called when the gradients of layer i are whole.
@@ -404,7 +473,7 @@ def transformer_backward(dx, caches, params, grads, done=lambda layer: None):
     embed_backward(dx, caches.pop(), grads)
 
 
-def name_activations(cache, p):
+def name_activations(cache: Cache, p: Node) -> dict[str, ndarray]:
     """Return what the cache of a block holds, by name; all are (B, T, C) but where it says more.
 
     ln_1, ln_2: what the branches read, normalised. attn.q, attn.k, attn.v: (B, H, T or S, D).
@@ -427,7 +496,9 @@ def name_activations(cache, p):
 IGNORE = -1  # a target that takes no part in the loss
 
 
-def cross_entropy(logits, targets):
+def cross_entropy(
+    logits: Float[ndarray, "N V"], targets: Integer[ndarray, " N"]
+) -> tuple[Float[ndarray, " N"], Cache]:
     """-log softmax(logits)[target] of each row, 0 where the target is IGNORE.
 
     logits (N, V), which is overwritten, targets (N,) -> losses (N,).
@@ -441,7 +512,7 @@ def cross_entropy(logits, targets):
     return losses, (exp, total, targets)
 
 
-def cross_entropy_backward(dout, cache):
+def cross_entropy_backward(dout: Float[ndarray, " N"], cache: Cache) -> Float[ndarray, "N V"]:
     """dlogits = dout (softmax(logits) - onehot(target)), in the memory of the logits: (N, V)."""
     exp, total, targets = cache
     dout = np.where(targets == IGNORE, 0, dout)
@@ -455,7 +526,9 @@ HEAD_ROWS = 256  # rows whose logits exist at one time: 50 MB of float32 for GPT
 HEAD_IDS = 4096  # ids whose gradient is added up at one time
 
 
-def head(x, p, targets, d=None):
+def head(
+    x: Float[ndarray, "N C"], p: Node, targets: Integer[ndarray, " N"], d: Node = None
+) -> tuple[Float[ndarray, " N"], Any]:
     """The logits x wte^T and their cross-entropy: x (N, C), targets (N,) -> losses (N,), dx (N, C).
 
     Forward and backward in one, over blocks of rows, since the logits (N, V) are the largest array
@@ -470,7 +543,7 @@ def head(x, p, targets, d=None):
         rows = slice(start, start + HEAD_ROWS)
         logits = x[rows] @ p.wte.T  # (HEAD_ROWS, V)
         losses[rows], cache = cross_entropy(logits, targets[rows])
-        if d is not None:
+        if dx is not None:
             dlogits = cross_entropy_backward(dout[rows], cache)
             for first in range(0, len(d.wte), HEAD_IDS):  # a product as large as wte is not made
                 ids = slice(first, first + HEAD_IDS)
@@ -479,7 +552,7 @@ def head(x, p, targets, d=None):
     return losses, dx
 
 
-def token_losses(params, tokens, targets):
+def token_losses(params: Params, tokens: Ids, targets: Ids) -> Float[ndarray, "*B T"]:
     """Return -log P(target | tokens up to it), in nats: (T,) -> (T,), or (B, T) -> (B, T).
 
     It is 0 where the target is -1. Raises ValueError for ids that the model cannot take.
@@ -490,7 +563,13 @@ def token_losses(params, tokens, targets):
     return losses.reshape(np.shape(targets))
 
 
-def loss_and_grads(params, tokens, targets, grads=None, done=lambda layer: None):
+def loss_and_grads(
+    params: Params,
+    tokens: Ids,
+    targets: Ids,
+    grads: Params | None = None,
+    done: Callable[[int], None] = lambda layer: None,
+) -> tuple[float, Params]:
     """Return the mean cross-entropy in nats a token, and its gradient, a Params like `params`.
 
     tokens and targets are (T,) or (B, T); a target of -1 takes no part. With `grads`, the gradient
@@ -501,14 +580,16 @@ def loss_and_grads(params, tokens, targets, grads=None, done=lambda layer: None)
     tokens, targets = check_targets(params.config, tokens, targets)
     if grads is None:
         grads = utils.Params(params.config, np.zeros_like(params.flat))
-    caches = []
+    caches: list = []
     x = transformer(params, tokens, caches=caches)
     losses, dx = head(as_rows(x), params, targets, grads)
     transformer_backward(dx.reshape(x.shape), caches, params, grads, done)
     return float(losses.sum(dtype=np.float64) / np.sum(targets != IGNORE)), grads
 
 
-def check_targets(config, tokens, targets):
+def check_targets(
+    config: Config, tokens: Ids, targets: Ids
+) -> tuple[Integer[ndarray, "B T"], Integer[ndarray, " B*T"]]:
     """Return tokens (B, T) and targets (B * T,); raise ValueError where they do not fit."""
     tokens, found = check_tokens(config, tokens), np.shape(tokens)
     targets = np.asarray(targets)
@@ -535,26 +616,31 @@ class KVCache:
     8 B n_ctx n_layer n_embd bytes in float32: 75 MB a row for 124M, touched only as it fills.
     """
 
-    def __init__(self, config, batch_size=1, dtype=np.float32):
+    def __init__(self, config: Config, batch_size: int = 1, dtype: DTypeLike = np.float32) -> None:
         c = config
         shape = (c.n_layer, 2, batch_size, c.n_head, c.n_ctx, c.n_embd // c.n_head)
         self.layers = np.zeros(shape, dtype)
         self.length = np.zeros(batch_size, int)
 
-    def row(self, b):
+    def row(self, b: int) -> KVCache:
         """Return row b as a KVCache of batch size 1 that shares this one's memory."""
         row = copy.copy(self)
         row.layers = self.layers[:, :, b : b + 1]
         row.length = self.length[b : b + 1]
         return row
 
-    def copy_row(self, source, target):
+    def copy_row(self, source: int, target: int) -> None:
         """Make row `target` a copy of row `source`."""
         n = self.length[target] = self.length[source]
         self.layers[:, :, target, :, :n] = self.layers[:, :, source, :, :n]
 
 
-def remember(past, k, v, positions):
+def remember(
+    past: Float[ndarray, "2 B H n_ctx D"],
+    k: Float[ndarray, "B H T D"],
+    v: Float[ndarray, "B H T D"],
+    positions: Integer[ndarray, "B T"],
+) -> tuple[Float[ndarray, "B H S D"], Float[ndarray, "B H S D"]]:
     """Write k, v (B, H, T, D) into `past` (2, B, H, n_ctx, D); return all so far, (B, H, S, D).
 
     S is the length of the longest row; what a shorter row has there is later than its queries, and
@@ -571,7 +657,12 @@ def remember(past, k, v, positions):
 # Sampling and generation
 
 
-def distribution(logits, temperature=1.0, top_k=None, top_p=None):
+def distribution(
+    logits: Float[ndarray, " V"],
+    temperature: SupportsFloat = 1.0,
+    top_k: SupportsIndex | None = None,
+    top_p: SupportsFloat | None = None,
+) -> tuple[Integer[ndarray, " N"], Float[ndarray, " N"]]:
     """Return the ids that may follow and their probabilities: logits (V,) -> ids (N,), probs (N,).
 
     That is softmax(logits / temperature), of which top_k keeps only the k most probable ids (Fan et
@@ -595,7 +686,13 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     return ids, probs
 
 
-def sample(logits, rng, temperature=0.0, top_k=None, top_p=None):
+def sample(
+    logits: Float[ndarray, " V"],
+    rng: Generator,
+    temperature: SupportsFloat = 0.0,
+    top_k: SupportsIndex | None = None,
+    top_p: SupportsFloat | None = None,
+) -> int:
     """Draw an id from `distribution`: logits (V,) -> int. `rng` is a numpy.random.Generator."""
     ids, probs = distribution(logits, temperature, top_k, top_p)
     if temperature == 0:
@@ -608,7 +705,9 @@ def sample(logits, rng, temperature=0.0, top_k=None, top_p=None):
     return int(ids[min(np.searchsorted(cumulative, point, side="right"), last)])
 
 
-def penalise(logits, ids, penalty):
+def penalise(
+    logits: Float[ndarray, " V"], ids: Sequence, penalty: SupportsFloat
+) -> Float[ndarray, " V"]:
     """Return logits (V,) with those of `ids` made less probable by `penalty` > 1.
 
     Positive logits are divided by it and negative ones multiplied (Keskar et al. 2019,
@@ -709,12 +808,13 @@ def generate_batch(params, prompts, n_tokens, choose, eot):
             logits = step(params, histories, kv)
 
 
-def prefill(params, prompts, kv):
+def prefill(params: Params, prompts: list[list], kv: KVCache) -> Float[ndarray, "B V"]:
     """Read each prompt into its row of the cache; return the logits (B, V) after its last token.
 
     A prompt that occurs again is read once.
     """
-    logits, first = [], {}
+    logits: list[ndarray] = []
+    first: dict[tuple, int] = {}
     for b, prompt in enumerate(prompts):
         a = first.setdefault(tuple(prompt), b)
         if a == b:
@@ -725,12 +825,12 @@ def prefill(params, prompts, kv):
     return np.stack(logits)
 
 
-def step(params, histories, kv):
+def step(params: Params, histories: list[list], kv: KVCache) -> Float[ndarray, "B V"]:
     """Read the newest token of each row; return the logits (B, V) after it.
 
     A full row is first read anew from the last n_ctx / 2 of its tokens.
     """
-    for b in np.flatnonzero(kv.length == params.config.n_ctx):
+    for b in np.flatnonzero(kv.length == params.config.n_ctx).tolist():
         kv.length[b] = 0
         recent = histories[b][-max(params.config.n_ctx // 2, 1) : -1]
         if recent:
@@ -738,7 +838,9 @@ def step(params, histories, kv):
     return last_logits(params, np.array([history[-1:] for history in histories]), kv)
 
 
-def last_logits(params, tokens, kv):
+def last_logits(
+    params: Params, tokens: Integer[ndarray, "B T"], kv: KVCache
+) -> Float[ndarray, "B V"]:
     """Logits after the last of tokens (B, T) only -> (B, V): a prompt's others are not needed."""
     return transformer(params, tokens, kv)[:, -1] @ params.wte.T
 
@@ -747,7 +849,7 @@ def last_logits(params, tokens, kv):
 # The command line
 
 
-def load(name="124M", models_dir=utils.MODELS_DIR):
+def load(name: str | Path = "124M", models_dir: str | Path = utils.MODELS_DIR) -> Params:
     """Return the Params, memory-mapped and read-only, of a model's name, folder or model.bin.
 
     One of OpenAI's models (124M, 355M, 774M, 1558M) that is not in models_dir yet is downloaded.
@@ -792,7 +894,7 @@ class TextStream:
         return text
 
 
-def overlap(text, stop):
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` that `stop` begins with."""
     lengths = range(min(len(text), len(stop)), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)
@@ -896,7 +998,7 @@ def print_rows(rows):
     rows.clear()
 
 
-def print_stats(n_prompt, n_samples, times):
+def print_stats(n_prompt: int, n_samples: int, times: list[float]) -> None:
     """Report the speed of reading the prompt and of the tokens after the first one."""
     if len(times) == 1:
         print("no token was generated: the text was at its end", file=sys.stderr)
@@ -980,14 +1082,14 @@ def read_prompts(args):
         yield line.rstrip("\r\n")
 
 
-def check_tokenizer(name, params, enc):
+def check_tokenizer(name: str | Path, params: Params, enc: encoder.Encoder) -> None:
     """Raise ValueError if a tokenizer has ids that the model `name` does not know."""
     if enc.n_vocab > params.config.n_vocab:
         found = f"{enc.n_vocab} tokens, the model only {params.config.n_vocab}"
         raise ValueError(f"{name}: the tokenizer has {found}: they do not belong together")
 
 
-def find_default_model(models_dir):
+def find_default_model(models_dir: str | Path) -> Path:
     """Return the path of 124M or, where it cannot be downloaded, of the bundled small model."""
     try:
         return utils.find_model("124M", models_dir)

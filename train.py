@@ -10,6 +10,8 @@ line.
     train(run, Windows(tokens, run.settings))
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import functools
@@ -27,7 +29,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
 import utils  # isort: skip (before NumPy: it chooses the kernels of its BLAS)
 
@@ -36,11 +38,23 @@ import numpy as np
 import encoder
 import gpt2
 
+if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
+    from collections.abc import Callable, Iterable, Iterator
+
+    from jaxtyping import Float, Integer
+    from numpy import ndarray
+
+    from encoder import Encoder
+    from utils import Config, Params
+
+    Batch = tuple[Integer[ndarray, "B T"], Integer[ndarray, "B T"]]  # tokens and targets
+    Share = Callable[[Callable[[int, int], object]], list]
+
 # ----------------------------------------------------------------------------------------------
 # The start, and the settings of a run
 
 
-def init_params(config, seed=0):
+def init_params(config: Config, seed: int = 0) -> Params:
     """Return new Params: weights from N(0, 0.02), biases 0, gains 1, as GPT-2 starts.
 
     The projections back into the residual stream, to which 2 n_layer branches add, are smaller by
@@ -100,7 +114,7 @@ class Run:
     settings: Settings = field(default_factory=Settings)
     step: int = 0  # steps done; the position in the data follows from it
     best_loss: float = math.inf  # the lowest validation loss so far, in nats a token
-    optimizer: "AdamW" = None
+    optimizer: AdamW = None  # type: ignore[assignment]  # made below
 
     def __post_init__(self):
         self.optimizer = self.optimizer or AdamW(self.params)
@@ -132,7 +146,7 @@ class Windows:
         self.n_windows = max(1, (len(tokens) - 1) // T - 1)  # one less leaves room for the offset
         self._pass, self._starts = None, None
 
-    def batch(self, number):
+    def batch(self, number: int) -> Batch:
         """Return tokens and targets, (B / ranks, T) each, of batch `number`: 0, 1, 2, ..."""
         B, T, n = self.settings.batch_size, self.settings.seq_len, self.settings.ranks
         starts = [self._start(i) for i in range(number * B + self.rank, (number + 1) * B, n)]
@@ -220,9 +234,10 @@ class AdamW:
         share(update)
 
 
-def decay_spans(config):
+def decay_spans(config: Config) -> list[tuple[int, int, bool]]:
     """Return [(start, end, decays)], the stretches of the packed buffer that decay and do not."""
-    spans, end = [], 0
+    spans: list[tuple[int, int, bool]] = []
+    end = 0
     for name, shape in utils.layout(config).items():
         start, end = end, end + math.prod(shape)
         decays = not name.endswith(("/b", "/g"))
@@ -232,7 +247,7 @@ def decay_spans(config):
     return spans
 
 
-def learning_rate(step, settings):
+def learning_rate(step: int, settings: Settings) -> float:
     """Return the rate of a step (from 0): a linear warm-up, then half a cosine down to min_lr.
 
     Loshchilov and Hutter 2016, arXiv:1608.03983.
@@ -245,7 +260,7 @@ def learning_rate(step, settings):
     return s.min_lr + (s.lr - s.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def norm(values, share=alone, block=1 << 16):
+def norm(values: Float[ndarray, " N"], share: Share = alone, block: int = 1 << 16) -> float:
     """Return the Euclidean norm of an array (N,), its squares summed in blocks for precision."""
     starts = range(0, len(values), block)
 
@@ -286,7 +301,7 @@ class Team:
             return alone(work)
         return list(self.pool.map(work, range(n), [n] * n))
 
-    def gradient(self, params, batches):
+    def gradient(self, params: Params, batches: Iterable[Batch]) -> tuple[float, Params]:
         """Return the loss and the gradient (a Params), means over batches of (tokens, targets).
 
         Each rank gives its rows of the batches, and gets the means over those of all ranks.
@@ -380,7 +395,7 @@ def pieces(config, n_ranks, least=1 << 23):
     return early, [slice(*pair) for pair in zip([0, *edges[1::2]], [*edges[::2], end], strict=True)]
 
 
-def train_step(run, team, batches):
+def train_step(run: Run, team: Team, batches: Iterable[Batch]) -> tuple[float, float, float]:
     """Take one step on the mean gradient of batches (tokens, targets); return loss, norm, rate.
 
     The gradient is clipped to a norm of grad_clip (Pascanu et al. 2012, arXiv:1211.5063); the norm
@@ -555,7 +570,13 @@ def find_ranks():
 # Evaluation
 
 
-def evaluate(params, tokens, seq_len, stride=None, batch_size=None):
+def evaluate(
+    params: Params,
+    tokens: Integer[ndarray, " N"],
+    seq_len: int,
+    stride: int | None = None,
+    batch_size: int | None = None,
+) -> Iterator[Float[ndarray, " n"]]:
     """Yield, batch by batch, the losses in nats (n,) of tokens (N,) after the first: N - 1 in all.
 
     They are read in windows of seq_len, one every `stride` tokens (by default, and at most,
@@ -606,7 +627,14 @@ class Score:
         )
 
 
-def score(params, enc, tokens, seq_len, stride=None, batch_size=None):
+def score(
+    params: Params,
+    enc: Encoder,
+    tokens: Integer[ndarray, " N"],
+    seq_len: int,
+    stride: int | None = None,
+    batch_size: int | None = None,
+) -> Score:
     """Return the Score of a model on tokens (N,), with a progress bar if it takes long.
 
     An end-of-text token must be predicted as any other, and counts as no bytes.
@@ -629,7 +657,7 @@ def score(params, enc, tokens, seq_len, stride=None, batch_size=None):
 # What is kept of a run: checkpoints, the log and its picture
 
 
-def save_checkpoint(folder, run, ranks=None):
+def save_checkpoint(folder: Path, run: Run, ranks: Ranks | None = None) -> None:
     """Write model.bin, for everyone, and state.npz, from which a run goes on, each atomically.
 
     state.npz holds the parameters too: whenever the process dies, it is of one step throughout.
@@ -665,7 +693,7 @@ def write_npz(file, meta, arrays, like):
                     member.write(part.data)
 
 
-def load_checkpoint(folder, part=None):
+def load_checkpoint(folder: str | Path, part: Callable[[int], slice] | None = None) -> Run:
     """Return the Run of a folder's state.npz, with all or a `part` of the optimizer's buffers.
 
     `part` is a function of their length that returns a slice. Raises ValueError for a damaged file.

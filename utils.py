@@ -7,6 +7,8 @@ safetensors), downloads, and the commands `download` and `convert`.
 All formats are little-endian.
 """
 
+from __future__ import annotations
+
 import argparse
 import base64
 import contextlib
@@ -26,6 +28,7 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 
 def choose_blas_kernels(cpuinfo="/proc/cpuinfo"):
@@ -49,6 +52,14 @@ def choose_blas_kernels(cpuinfo="/proc/cpuinfo"):
 choose_blas_kernels()
 
 import numpy as np  # noqa: E402
+
+if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
+    from collections.abc import Iterator, Sequence
+
+    from jaxtyping import Float, Float32, UInt16
+    from numpy import ndarray
+
+    Buffer = bytes | bytearray | memoryview | ndarray
 
 MODELS_DIR = Path(__file__).resolve().parent / "models"
 
@@ -139,7 +150,7 @@ class Config:
         return -(-self.n_vocab // 128) * 128
 
 
-def layout(config):
+def layout(config: Config) -> dict[str, tuple[int, ...]]:
     """Return {name: shape} of every tensor in file order, the same parameter of all layers stacked.
 
     This is the one place that names the parameters of GPT-2. The order is llm.c's; a weight is
@@ -166,7 +177,7 @@ def layout(config):
     }
 
 
-def tensors(config):
+def tensors(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield (name, shape) of every tensor in file order: `layout` with its layers taken apart.
 
     The names are OpenAI's, `model/h3/attn/c_attn/w`; wte is (V, C), without its padding.
@@ -181,7 +192,7 @@ def tensors(config):
             yield f"model/{name}", shape
 
 
-def n_params(config):
+def n_params(config: Config) -> int:
     """Return the number of values in a packed buffer, the padding of wte included."""
     return sum(math.prod(shape) for shape in layout(config).values())
 
@@ -198,7 +209,15 @@ class Params:
     without copying it. Raises ValueError if the buffer has another length than the config needs.
     """
 
-    def __init__(self, config, flat=None):
+    config: Config
+    flat: Float[ndarray, " N"]
+    named: dict[str, ndarray]
+    wte: Float[ndarray, "V C"]
+    wpe: Float[ndarray, "n_ctx C"]
+    h: list[SimpleNamespace]
+    ln_f: SimpleNamespace
+
+    def __init__(self, config: Config, flat: Float[ndarray, " N"] | None = None) -> None:
         flat = np.zeros(n_params(config), np.float32) if flat is None else flat
         if flat.shape != (n_params(config),):
             raise ValueError(f"buffer of shape {flat.shape}, but {config} needs {n_params(config)}")
@@ -384,13 +403,13 @@ def write_array(file, array, shape):
     file.write(np.ascontiguousarray(array, "<f4").data)
 
 
-def save_params(path, params):
+def save_params(path: str | Path, params: Params) -> None:
     """Write a model .bin file exactly as llm.c's version 3 has it (float32), atomically."""
     with atomic_write(path) as file:
         write_model(file, params.config, params.named.__getitem__)
 
 
-def load_params(path):
+def load_params(path: str | Path) -> Params:
     """Return the Params of a model .bin file, or of the `model.bin` in a folder.
 
     A float32 file with a padded vocabulary (version 3) is memory-mapped: read-only, and loaded
@@ -433,12 +452,12 @@ def read_model_header(path):
     return config, rows, dtype
 
 
-def bf16_to_float32(values):
+def bf16_to_float32(values: UInt16[ndarray, " N"]) -> Float32[ndarray, " N"]:
     """Return float32 from the bits of bfloat16 (uint16), which are a float32's upper half."""
     return (values.astype(np.uint32) << 16).view(np.float32)
 
 
-def save_tokenizer(path, tokens, eot):
+def save_tokenizer(path: str | Path, tokens: Sequence[bytes], eot: int | None) -> None:
     """Write a token table, a list of bytes indexed by id, as a tokenizer .bin of version 2.
 
     `eot` is the id of the end-of-text token; None, for a table without one, is stored as -1.
@@ -452,7 +471,7 @@ def save_tokenizer(path, tokens, eot):
         file.write(b"".join(bytes([len(token)]) + token for token in tokens))
 
 
-def load_tokens(path):
+def load_tokens(path: str | Path) -> tuple[UInt16[ndarray, " N"], int]:
     """Memory-map a tokens .bin file; return its ids (N,) uint16, and n_vocab (0 if not recorded).
 
     Raises FileNotFoundError, or ValueError if it is not a tokens file of the right length.
@@ -498,7 +517,7 @@ TOKENIZER_FILES = (  # what load_tokenizer looks for in a folder, in order of pr
 )
 
 
-def load_tokenizer(path):
+def load_tokenizer(path: str | Path) -> tuple[list[bytes], int | None]:
     """Return a token table (a list of bytes indexed by id) and its end-of-text id, or None.
 
     `path` is a `tokenizer.bin` of llm.c (version 1 or 2), a `tokenizer.json` of Hugging Face,
@@ -552,7 +571,7 @@ def read_bin_tokenizer(path):
     return tokens, None if eot == -1 else eot
 
 
-def bytes_to_unicode():
+def bytes_to_unicode() -> dict[int, str]:
     """Return {byte: character}: the alphabet in which GPT-2's JSON writes the bytes of a token.
 
     The printable characters of Latin-1 stand for their own byte; the other 68 bytes, in order,
@@ -827,7 +846,7 @@ def crc_remainder(message):
     return np.bitwise_xor.reduce(terms, keepdims=True).view(np.uint8)
 
 
-def crc32c(data):
+def crc32c(data: Buffer) -> int:
     """Return the CRC32C (RFC 3720, appendix B.4) of bytes or a contiguous array, as an int."""
     data = np.frombuffer(data, np.uint8)
     register = np.full(4, 255, np.uint8)

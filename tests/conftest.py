@@ -1,14 +1,30 @@
-"""What the test files share: the reference data, where it is present, and a command runner."""
+"""What the test files share: checked types, the reference data, a command runner.
+
+The modules are imported here, with every function that has annotations checking what it is given
+and returns: dtypes, and that dimensions of one name agree, in every call of every test. Not so
+utils.py, whose readers check what they are given themselves.
+"""
 
 import subprocess
 import sys
+import typing
 from pathlib import Path
+from unittest import mock
 
+import beartype.door  # noqa: F401 (before the patch below, which is not for it)
+import jaxtyping
+import numpy.typing  # noqa: F401 (so too)
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
+
+with (
+    mock.patch.object(typing, "TYPE_CHECKING", True),  # the names of types are to be there
+    jaxtyping.install_import_hook(["encoder", "gpt2", "train"], "beartype.beartype"),
+):
+    import train  # noqa: F401 (which imports the others)
 
 
 @pytest.fixture

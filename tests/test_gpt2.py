@@ -871,10 +871,11 @@ def test_generate_refuses_an_empty_prompt_without_end_of_text():
 # Sampling
 
 
-class FakeRng:
+class FakeRng(np.random.Generator):
     """Gives the numbers it is told to, over and over."""
 
     def __init__(self, *numbers):
+        super().__init__(np.random.PCG64())
         self.numbers, self.calls = numbers, 0
 
     def random(self):
