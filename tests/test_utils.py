@@ -636,6 +636,11 @@ def test_hf_shards_are_read(tmp_path):
     index.write_text(json.dumps({"weight_map": shards}), encoding="utf-8")
     utils.convert(tmp_path / "in", tmp_path / "out")
     assert_equal(utils.load_params(tmp_path / "out"), openai_files.random_arrays(TINY))
+    write_hf(tmp_path / "in")  # now there is a whole file, too, and the index is of no account
+    index.write_text("{}", encoding="utf-8")
+    utils.convert(tmp_path / "in", tmp_path / "out")
+    assert_equal(utils.load_params(tmp_path / "out"), openai_files.random_arrays(TINY))
+    (tmp_path / "in" / "model.safetensors").unlink()
     index.write_text(json.dumps({"weight_map": {"x": "../" + names[0]}}), encoding="utf-8")
     assert "weight_map" in refusal(tmp_path / "in", tmp_path / "out2")
 
