@@ -27,7 +27,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import utils  # isort: skip (before NumPy: it chooses the kernels of its BLAS)
+import utils  # isort: skip (before NumPy: it configures its BLAS)
 
 import numpy as np
 import regex

@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import utils  # isort: skip (before NumPy: it chooses the kernels of its BLAS)
+import utils  # isort: skip (before NumPy: it configures its BLAS)
 
 import numpy as np
 
@@ -434,6 +434,7 @@ def transformer(
     `caches`, a list, receives what `transformer_backward` needs; without it the cache of a layer
     is dropped as soon as the layer is done. `record`, a dict, receives activations by name.
     """
+    utils.keep_freed_memory()
     keep = (lambda cache: None) if caches is None else caches.append
     n_head = params.config.n_head
     start = np.zeros(1, int) if kv is None else kv.length

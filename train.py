@@ -13,7 +13,6 @@ line.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import itertools
@@ -31,7 +30,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
-import utils  # isort: skip (before NumPy: it chooses the kernels of its BLAS)
+import utils  # isort: skip (before NumPy: it configures its BLAS)
 
 import numpy as np
 
@@ -290,7 +289,6 @@ class Team:
         is_large = params.flat.size > 1 << 20  # so that waking a thread costs less than it does
         self.n_elementwise = max(n, utils.blas_threads()) if is_large else n
         self.pool = ThreadPoolExecutor(self.n_elementwise)
-        keep_freed_memory()
 
     def share(self, work):
         """Return [work(0, n), work(1, n), ...], elementwise work on parts of the buffers."""
@@ -356,20 +354,6 @@ def blas_threads(config, n=1):
     if n > 1 or config.n_embd < 256:
         return utils.one_blas_thread(then=utils.blas_threads())
     return contextlib.nullcontext()
-
-
-def keep_freed_memory():
-    """Let the memory that a step frees be used by the next, where the C library is glibc.
-
-    It would go back to the system otherwise, and come again as fresh pages that have to be zeroed:
-    a tenth to a quarter of the time of a step.
-    """
-    trim_threshold, mmap_threshold, arena_max, gigabyte = -1, -3, -8, 1 << 30  # from malloc.h
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(arena_max, 1)  # one heap for all threads
-        mallopt(mmap_threshold, gigabyte)
-        mallopt(trim_threshold, gigabyte)
 
 
 def pieces(config, n_ranks, least=1 << 23):
@@ -1196,7 +1180,7 @@ def make_settings(args, config):
     rows = args.batch_size // ranks.size
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     lr = 0.5 / n_embd if args.lr is None else args.lr  # 0.03 for 16 channels, 6.5e-4 for 768
-    threads = args.threads or choose_threads(rows, seq_len * n_embd, ranks.cores)
+    threads = args.threads or choose_threads(rows, seq_len, n_embd, ranks.cores)
     if rows % threads:
         among = f" / {ranks.size} ranks" if ranks.size > 1 else ""
         raise ValueError(
@@ -1208,9 +1192,14 @@ def make_settings(args, config):
     return Settings(**given)
 
 
-def choose_threads(n_rows, row_size, n_cores):
-    """Return how many threads to share rows among: as many as there are cores and work for."""
-    if n_rows * row_size < 1 << 17:  # threads would only wait for Python's lock
+def choose_threads(n_rows, seq_len, n_embd, n_cores):
+    """Return how many threads to share rows among: as many as there are cores and work for.
+
+    On few tokens they would only wait for Python's lock or, in a wide model, have less to compute
+    than to add up: a gradient each, of all parameters.
+    """
+    n_tokens = n_rows * seq_len
+    if n_tokens * n_embd < 1 << 17 or (n_tokens < 1024 and n_embd >= 256):
         return 1
     return max(n for n in range(1, n_cores + 1) if n_rows % n == 0)
 

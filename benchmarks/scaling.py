@@ -160,7 +160,7 @@ def set_up(args, ranks):
     """Return a new Run, Windows of random tokens and the Team of this rank."""
     config = CONFIGS[args.model]
     rows = args.batch_size // ranks.size
-    threads = args.threads or train.choose_threads(rows, args.seq_len * config.n_embd, ranks.cores)
+    threads = args.threads or train.choose_threads(rows, args.seq_len, config.n_embd, ranks.cores)
     if args.batch_size % ranks.size or rows % threads:
         given = f"--batch_size {args.batch_size}"
         raise ValueError(

@@ -74,26 +74,31 @@ def test_blas_kernels_are_chosen_for_a_cpu_that_openblas_does_not_know(
 ):
     (tmp_path / "cpuinfo").write_text(ZEN_5.replace(*change))
     monkeypatch.setenv("OPENBLAS_CORETYPE", "")  # so that it is put back after the test
+    monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", "26")
     monkeypatch.delenv("OPENBLAS_CORETYPE")
     if setting is not None:
         monkeypatch.setenv("OPENBLAS_CORETYPE", setting)
-    utils.choose_blas_kernels(tmp_path / "cpuinfo")
+    utils.configure_openblas(tmp_path / "cpuinfo")
     assert os.environ.get("OPENBLAS_CORETYPE") == setting  # NumPy is loaded: too late
     monkeypatch.delitem(sys.modules, "numpy")
-    utils.choose_blas_kernels(tmp_path / "none")
+    utils.configure_openblas(tmp_path / "none")
     assert os.environ.get("OPENBLAS_CORETYPE") == setting
-    utils.choose_blas_kernels(tmp_path / "cpuinfo")
+    utils.configure_openblas(tmp_path / "cpuinfo")
     assert os.environ.get("OPENBLAS_CORETYPE") == chosen
+    assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == "26"
+    monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT")
+    utils.configure_openblas(tmp_path / "cpuinfo")
+    assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == "20"
 
 
 @pytest.mark.parametrize("module", ["utils", "encoder", "gpt2", "train"])
-def test_module_chooses_the_blas_kernels_before_it_loads_numpy(module):
+def test_module_configures_openblas_before_it_loads_numpy(module):
     code = f"""
 import sys
 class Finder:
     def find_spec(name, path=None, target=None):
         if name == "numpy":
-            print("choose_blas_kernels" in vars(sys.modules.get("utils", sys)))
+            print("configure_openblas" in vars(sys.modules.get("utils", sys)))
 sys.meta_path.insert(0, Finder)
 import {module}
 """
