@@ -42,7 +42,7 @@ def launch(command, **kwargs):
     )
 
 
-def finish(process, seconds=240):
+def finish(process, seconds=400):
     """Wait for a process; if it hangs, end its group and fail."""
     try:
         out, err = process.communicate(timeout=seconds)
@@ -201,7 +201,7 @@ def losses_of(ranks, shard, least, dtype="float32", **kwargs):
         assert run.optimizer.m.size == run.optimizer.v.size == part.stop - part.start
     data = train.Windows(test_mpi.random_tokens(3000), s, ranks.rank)
     team, losses = train.Team(params, s.threads, ranks), []
-    assert bool(team.early) == (least == 1 and ranks.size > 1)
+    assert bool(team.early) == (least < 2000 and ranks.size > 1)
     train.train(run, data, lambda loss, norm, lr: losses.append(loss), team=team)
     moments = [np.concatenate(list(ranks.collect(each))) if shard else each
                for each in (run.optimizer.m, run.optimizer.v)]
@@ -211,12 +211,12 @@ def losses_of(ranks, shard, least, dtype="float32", **kwargs):
 
 def all_losses(ranks):
     return {
-        "whole": losses_of(ranks, False, 1 << 23),
-        "early": losses_of(ranks, False, 1),
-        "sharded": losses_of(ranks, True, 1),
+        "early": losses_of(ranks, False, 1500),
+        "sharded": losses_of(ranks, True, 1500),
+        "whole": losses_of(ranks, False, 1 << 23, steps=10),
         "exact": losses_of(ranks, True, 1, "float64", steps=10),
         "accumulated": losses_of(ranks, False, 1, "float64", batch_size=24, grad_accum=2,
-                                 threads=2, steps=10),
+                                 threads=2, steps=5),
     }
 
 if __name__ == "__main__":
@@ -250,7 +250,8 @@ def test_ranks_have_the_losses_of_one_process(mpi, alone, tmp_path, n):
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]  # only rank 0's
     found = json.loads(line)
     assert found["sharded"] == found["early"]  # bit for bit
-    for case in ("whole", "early", "sharded"):
+    assert all(abs(a - b) < 1e-5 for a, b in zip(found["whole"][:10], alone["whole"], strict=False))
+    for case in ("early", "sharded"):
         ours, one = np.array(found[case][:50]), np.array(alone[case][:50])
         assert one[-5:].mean() < one[:5].mean() - 0.5  # it learns
         np.testing.assert_allclose(ours, one, rtol=0, atol=1e-5)
