@@ -77,7 +77,7 @@ class Sizes:
 
 FULL = Sizes()
 TINY = Sizes(
-    gpt2=Shape(2048, 64, 32, 2, 2),
+    gpt2=Shape(4096, 64, 32, 2, 2),
     n_prompt=4,
     decode=(6, 8),
     context=40,

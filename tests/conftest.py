@@ -2,7 +2,7 @@
 
 The modules are imported here, with every function that has annotations checking what it is given
 and returns: dtypes, and that dimensions of one name agree, in every call of every test. Not so
-utils.py, whose readers check what they are given themselves.
+constructors, which refuse bad values themselves, and utils.py, whose readers do.
 """
 
 import subprocess
@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 from unittest import mock
 
-import beartype.door  # noqa: F401 (before the patch below, which is not for it)
+import beartype.door  # (before the patch below, which is not for it)
 import jaxtyping
 import numpy.typing  # noqa: F401 (so too)
 import pytest
@@ -20,9 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
+
+def check_types(function):
+    """Return a function that checks its annotations when it is called."""
+    return function if function.__name__ == "__init__" else beartype.beartype(function)
+
+
 with (
     mock.patch.object(typing, "TYPE_CHECKING", True),  # the names of types are to be there
-    jaxtyping.install_import_hook(["encoder", "gpt2", "train"], "beartype.beartype"),
+    jaxtyping.install_import_hook(["encoder", "gpt2", "train"], "conftest.check_types"),
 ):
     import train  # noqa: F401 (which imports the others)
 

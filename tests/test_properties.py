@@ -275,14 +275,21 @@ def test_any_gradient_is_the_slope_of_the_loss(data, config):
 # Sampling
 
 
-def fixed(number):
-    return SimpleNamespace(random=lambda: number)
+class Fixed(np.random.Generator):
+    """Draws one number for ever."""
+
+    def __init__(self, number):
+        super().__init__(np.random.PCG64(0))
+        self.number = number
+
+    def random(self):
+        return self.number
 
 
 def draws(logits, n=400, **sampling):
     """The ids that are drawn, over numbers spread evenly from 0 to the largest below 1."""
     numbers = [*(i / n for i in range(n)), 5e-324, math.nextafter(1, 0)]
-    return [gpt2.sample(logits, fixed(number), **sampling) for number in numbers]
+    return [gpt2.sample(logits, Fixed(number), **sampling) for number in numbers]
 
 
 def smallest_sufficient(probs, p):
@@ -345,7 +352,7 @@ def test_no_id_of_probability_zero_is_ever_drawn(logits, temperature, top_k, top
 )
 def test_top_k_of_1_is_greedy(logits, temperature, top_p):
     logits = np.array(logits, np.float32)
-    greedy = gpt2.sample(logits, fixed(0.5))
+    greedy = gpt2.sample(logits, Fixed(0.5))
     assert set(draws(logits, 20, temperature=temperature, top_k=1, top_p=top_p)) == {greedy}
 
 
