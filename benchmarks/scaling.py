@@ -33,7 +33,7 @@ CONFIGS = {
     "774M": utils.Config(n_embd=1280, n_head=20, n_layer=36),
     "1558M": utils.Config(n_embd=1600, n_head=25, n_layer=48),
 }
-FLOPS = 250e9  # a second, of a training step of 124M on one machine; see docs/scaling.md
+FLOPS = 160e9  # a second, of a training step of 124M on one machine; see docs/scaling.md
 OVERLAPPED = 2 / 3  # of the computation of a step is backward, and hides what is sent meanwhile
 
 
