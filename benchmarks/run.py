@@ -1,6 +1,6 @@
 """Measure GPT-2 in NumPy against its peers, and against what the machine can do.
 
-    python benchmarks/run.py                       # everything, about half an hour on two cores
+    python benchmarks/run.py                       # everything
     python benchmarks/run.py --items a startup --json result.json --plot result.png
 
 Every work item (items.py) is done by us and by each peer that is installed, in turns, several
@@ -276,7 +276,7 @@ def parse_args(argv=None):
         value = getattr(args, name)
         if value is not None and not low <= value < 1e6:
             parser.error(f"argument --{name}: {value} is not {low} or more")
-    check_outputs(parser, args)  # now, not when half an hour has been spent
+    check_outputs(parser, args)  # now, not when all the time has been spent
     return args
 
 

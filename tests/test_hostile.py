@@ -305,18 +305,23 @@ def test_tokens_file_of_any_bytes(tmp_path):
 # OpenAI's checkpoints
 
 
+def reader(folder):
+    """Return a function that reads the whole of a model's folder, which it has done once."""
+
+    def read():
+        config, get, _ = utils.open_model(folder)
+        read_all(config, get)
+        utils.open_tokenizer(folder, config)
+
+    read()
+    return read
+
+
 @pytest.fixture
 def openai(tmp_path):
     """A checkpoint in OpenAI's layout, and a function that reads the whole of it."""
     openai_files.write_checkpoint(tmp_path / "in", TINY)
-
-    def read():
-        config, get, _ = utils.open_model(tmp_path / "in")
-        read_all(config, get)
-        utils.open_tokenizer(tmp_path / "in", config)
-
-    read()
-    return tmp_path / "in", read
+    return tmp_path / "in", reader(tmp_path / "in")
 
 
 @pytest.mark.parametrize("name", ["model.ckpt.index", "model.ckpt.data-00000-of-00001"])
@@ -410,14 +415,7 @@ def hugging_face(tmp_path):
     """A folder that transformers would load, and a function that reads the whole of it."""
     openai_files.write_checkpoint(tmp_path / "openai", TINY)
     utils.convert(tmp_path / "openai", tmp_path / "in", "hf")
-
-    def read():
-        config, get, _ = utils.open_model(tmp_path / "in")
-        read_all(config, get)
-        utils.open_tokenizer(tmp_path / "in", config)
-
-    read()
-    return tmp_path / "in", read
+    return tmp_path / "in", reader(tmp_path / "in")
 
 
 def test_safetensors_of_any_bytes(hugging_face):
