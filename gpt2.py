@@ -22,7 +22,6 @@ import shutil
 import sys
 import time
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,9 +113,34 @@ def row_mean(*factors: Float[ndarray, "*N C"]) -> Float[ndarray, "*N 1"]:
 
 def linear(x: Float[ndarray, "*N I"], p: Node) -> tuple[Float[ndarray, "*N O"], Cache]:
     """x w^T + b: x (..., I) -> (..., O), with w (O, I)."""
-    out = as_rows(x) @ p.w.T  # one matrix product over all rows, not one for each batch entry
+    out = times(as_rows(x), p.w)  # one matrix product over all rows, not one for each batch entry
     out += p.b
     return out.reshape(*x.shape[:-1], -1), x
+
+
+FEW_ROWS = 32
+STACK = 1 << 18  # multiplications that OpenBLAS does at once, in one thread, by small kernels
+
+
+def times(x: Float[ndarray, "N I"], w: Float[ndarray, "O I"]) -> Float[ndarray, "N O"]:
+    """x w^T: x (N, I), w (O, I) -> (N, O).
+
+    BLAS first copies w into another order, which for a few rows of x takes longer than the product
+    itself. OpenBLAS's kernels for small matrices do without: then w is taken a few rows at a time.
+    """
+    if not 1 < len(x) <= FEW_ROWS or not utils.small_kernels():
+        return x @ w.T
+    n = max(1, STACK // x.size)  # rows of w in a small product
+    whole = len(w) // n * n
+    columns, out = np.ascontiguousarray(x.T), np.empty((len(w), len(x)), x.dtype)
+    stack, products = w[:whole].reshape(-1, n, w.shape[1]), out[:whole].reshape(-1, n, len(x))
+
+    def multiply(part):
+        np.matmul(stack[part], columns, out=products[part])
+
+    utils.in_threads(multiply, len(stack), work=w.size * len(x))
+    np.matmul(w[whole:], columns, out=out[whole:])
+    return np.ascontiguousarray(out.T)
 
 
 def linear_backward(
@@ -227,7 +251,7 @@ def attend(
                 np.copyto(scores, -np.inf, where=future)
             np.matmul(softmax(scores), v[:, heads, :S], out=out[:, heads, rows])
 
-    over_heads(mix, H, work=q.size * k.shape[2])
+    utils.in_threads(mix, H, work=q.size * k.shape[2])
     return out, (q, k, v, atts)
 
 
@@ -252,26 +276,8 @@ def attend_backward(
             dq_[:, :, rows] = dscores @ k_[:, :, :S]
             dk_[:, :, :S] += dscores.swapaxes(-1, -2) @ q_[:, :, rows]
 
-    over_heads(undo, q.shape[1], work=q.size * k.shape[2])
+    utils.in_threads(undo, q.shape[1], work=q.size * k.shape[2])
     return dq, dk, dv
-
-
-OVER_HEADS = 1 << 24  # multiplications
-
-
-def over_heads(function: Callable[[slice], None], n_head: int, work: int) -> None:
-    """Call function(heads) for slices of the heads: in threads, if the work is worth it.
-
-    As many threads as BLAS has for a matrix product, with one BLAS thread each: the products of a
-    head are small, and NumPy does on one core what comes between them.
-    """
-    n_threads = utils.blas_threads() if work > OVER_HEADS else 1
-    n = min(n_threads, n_head)
-    if n == 1:
-        return function(slice(None))
-    bounds = [n_head * i // n for i in range(n + 1)]
-    with utils.one_blas_thread(then=n_threads), ThreadPoolExecutor(n) as threads:
-        list(threads.map(function, map(slice, bounds, bounds[1:])))
 
 
 def attention(
@@ -843,7 +849,7 @@ def last_logits(
     params: Params, tokens: Integer[ndarray, "B T"], kv: KVCache
 ) -> Float[ndarray, "B V"]:
     """Logits after the last of tokens (B, T) only -> (B, V): a prompt's others are not needed."""
-    return transformer(params, tokens, kv)[:, -1] @ params.wte.T
+    return times(transformer(params, tokens, kv)[:, -1], params.wte)
 
 
 # ----------------------------------------------------------------------------------------------

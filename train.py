@@ -187,7 +187,8 @@ class AdamW:
     Hutter 2017, arXiv:1711.05101; Kingma and Ba 2014, arXiv:1412.6980.
     """
 
-    BLOCK = 32768  # values updated at a time: with their temporaries they stay in the cache
+    BLOCK = 1 << 18  # values at a time: few enough for the cache, but a thread holds Python's lock
+    # between two operations, and with fewer values to work on the others would wait for it
 
     def __init__(self, params, part=None):
         self.part = part or slice(0, params.flat.size)
@@ -207,28 +208,28 @@ class AdamW:
         and v with the weight of their start from zero taken out.
         """
         s = settings
-        rate, root = lr / (1 - s.beta1**step), math.sqrt(1 - s.beta2**step)
+        root = math.sqrt(1 - s.beta2**step)
+        rate, eps = lr * root / (1 - s.beta1**step), s.eps * root
         values, gradient = params.flat[self.part], grads.flat[self.part]
 
         def update(i, n):
-            temporaries = np.empty((2, min(self.BLOCK, values.size)), values.dtype)
+            temporary = np.empty(min(self.BLOCK, values.size), values.dtype)
             for block, decays in self._blocks[i::n]:
                 p, m, v = values[block], self.m[block], self.v[block]
-                g, t = temporaries[:, : len(p)]
-                np.multiply(gradient[block], scale, out=g)
+                g = np.multiply(gradient[block], scale * (1 - s.beta1), out=temporary[: len(p)])
                 m *= s.beta1
-                m += np.multiply(g, 1 - s.beta1, out=t)
-                v *= s.beta2
+                m += g
                 g *= g
-                v += np.multiply(g, 1 - s.beta2, out=g)
-                np.sqrt(v, out=t)
-                t /= root
-                t += s.eps
-                np.divide(m, t, out=t)
-                t *= rate
+                g *= (1 - s.beta2) / (1 - s.beta1) ** 2
+                v *= s.beta2
+                v += g
+                change = np.sqrt(v, out=g)  # m and v are corrected by way of rate and eps
+                change += eps
+                np.divide(m, change, out=change)
+                change *= rate
                 if decays:
                     p *= 1 - lr * s.weight_decay
-                p -= t
+                p -= change
 
         share(update)
 

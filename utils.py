@@ -25,6 +25,7 @@ import shutil
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,7 +59,7 @@ configure_openblas()
 import numpy as np  # noqa: E402
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from jaxtyping import Float, Float32, UInt16
     from numpy import ndarray
@@ -110,6 +111,47 @@ def blas_kernels():
         return "unknown"
     corename.restype = ctypes.c_char_p
     return corename().decode()
+
+
+def small_kernels():
+    """Tell whether NumPy's BLAS has kernels for small matrices, which read them where they are.
+
+    In OpenBLAS those for AVX-512 have; where the others pack them too, small is only slow.
+    """
+    return blas_kernels() in ("SkylakeX", "Cooperlake", "SapphireRapids")
+
+
+WORTH_THREADS = 1 << 22  # multiplications: fewer are done before another thread has woken up
+
+
+def in_threads(function: Callable[[slice], object], n: int, work: int) -> None:
+    """Call function(part) for slices of range(n): in threads, if there are `work` multiplications.
+
+    As many threads as BLAS has for a matrix product, this one among them, each with one BLAS
+    thread: for products too small to share, and for what NumPy does on one core.
+    """
+    n_threads = blas_threads() if work >= WORTH_THREADS else 1
+    n_parts = max(1, min(n_threads, n))
+    bounds = [n * i // n_parts for i in range(n_parts + 1)]
+    first, *others = map(slice, bounds, bounds[1:])
+    if not others:
+        function(first)
+        return
+    with one_blas_thread(then=n_threads):
+        started = [thread_pool(len(others)).submit(function, part) for part in others]
+        function(first)
+        for part in started:
+            part.result()
+
+
+@functools.cache
+def thread_pool(n):
+    """Return n threads that wait for work."""
+    return ThreadPoolExecutor(n)
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has no threads but the one that forked
+    os.register_at_fork(after_in_child=thread_pool.cache_clear)
 
 
 @functools.cache

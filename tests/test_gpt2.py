@@ -207,15 +207,42 @@ def test_attend_in_threads_gives_the_same_bits(monkeypatch, n_threads):
         names.add(threading.current_thread().name)
         return softmax(scores)
 
-    monkeypatch.setattr(gpt2, "OVER_HEADS", 0)
+    monkeypatch.setattr(utils, "WORTH_THREADS", 0)
     monkeypatch.setattr(gpt2, "softmax", softmax)
     monkeypatch.setattr(utils, "blas_threads", lambda: n_threads)
     monkeypatch.setattr(utils, "one_blas_thread", one_blas_thread)
     out, cache = gpt2.attend(q, k, v, positions)
     for found, same in zip([out, *gpt2.attend_backward(dout, cache)], expected, strict=True):
         np.testing.assert_array_equal(found, same)
-    assert threading.current_thread().name not in names
+    assert len(names) > 1
     assert restored == [n_threads] * 2
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("n_rows", [1, 2, 7, 32, 33])
+@pytest.mark.parametrize("n_out", [1, 5, 64, 301])
+def test_a_product_of_few_rows_is_the_product(monkeypatch, n_threads, n_rows, n_out):
+    monkeypatch.setattr(gpt2, "STACK", 40 * n_rows * 6)  # 6 rows of w
+    monkeypatch.setattr(utils, "WORTH_THREADS", 0)
+    monkeypatch.setattr(utils, "small_kernels", lambda: True)
+    monkeypatch.setattr(utils, "blas_threads", lambda: n_threads)
+    x, w = normal(n_rows, 40), normal(n_out, 40, seed=3)
+    found = gpt2.times(x, w)
+    assert found.flags.c_contiguous
+    np.testing.assert_allclose(found, x @ w.T, rtol=0, atol=1e-13)
+    found = gpt2.times(x.astype(np.float32), w.astype(np.float32))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, x @ w.T, rtol=0, atol=1e-4)
+
+
+def test_few_rows_are_taken_apart_only_for_kernels_that_are_made_for_it(monkeypatch):
+    x, w = normal(4, 8), normal(16, 8)
+    stacks = []
+    monkeypatch.setattr(utils, "in_threads", lambda function, n, work: stacks.append(n))
+    for kernels, expected in (("Haswell", []), ("unknown", []), ("SkylakeX", [1])):
+        monkeypatch.setattr(utils, "blas_kernels", lambda kernels=kernels: kernels)
+        gpt2.times(x, w)
+        assert len(stacks) == len(expected)
 
 
 def test_attention_gradient_is_numeric():

@@ -106,6 +106,36 @@ import {module}
     assert (done.stdout, done.stderr) == ("True\n", "")
 
 
+def test_threads_serve_a_forked_process_too():
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork")
+    code = """
+import os, utils
+utils.blas_threads, utils.set_blas_threads = lambda: 3, lambda n: None
+def parts():
+    found = []
+    utils.in_threads(lambda part: found.append((part.start, part.stop)), 7, work=1 << 40)
+    return sorted(found)
+assert parts() == [(0, 2), (2, 4), (4, 7)]
+if child := os.fork():
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+os._exit(parts() != [(0, 2), (2, 4), (4, 7)])
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_an_error_in_a_thread_is_raised(monkeypatch):
+    monkeypatch.setattr(utils, "blas_threads", lambda: 3)
+    monkeypatch.setattr(utils, "set_blas_threads", lambda n: None)
+
+    def function(part):
+        if part.stop == 7:
+            raise KeyError(part.start)
+
+    with pytest.raises(KeyError, match="4"):
+        utils.in_threads(function, 7, work=1 << 40)
+
+
 def test_one_blas_thread_is_for_the_block_only():
     before = utils.blas_threads()
     with pytest.raises(KeyError), utils.one_blas_thread(then=before):
