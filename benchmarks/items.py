@@ -2,8 +2,9 @@
 
 Every item is a `job` that our side and its peers are told to do (see worker.py), and what the
 figures mean: the unit, and the phases of the work, one after the other, each with its
-floating-point operations, its bytes of memory or its bytes on the disk. The time they would take at
-the speeds measured in the same run is the item's physical limit.
+floating-point operations, its bytes of memory that are read, or read and written (a stream), or its
+bytes on the disk. The time they would take at the speeds measured in the same run is the item's
+physical limit.
 """
 
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ class Sizes:
     prefill: tuple = (64, 1000, 1024)
     batches: tuple = ((4, 64), (1, 1024), (8, 256))
     sgemm: int = 4096
+    scaled: int = 1 << 27
     text_bytes: int = 12_000_000
     file_bytes: int = 40_000_000
     n_vocab: int = 4096  # of the vocabulary that is learned
@@ -86,6 +88,7 @@ TINY = Sizes(
     prefill=(8, 32, 64),
     batches=((2, 8), (1, 16), (4, 8)),
     sgemm=64,
+    scaled=1 << 14,
     text_bytes=20_000,
     file_bytes=30_000,
     n_vocab=270,
@@ -109,7 +112,7 @@ class Item:
     peers: tuple = ()
     unit: str = "s"  # "s", "ms", or a rate: the amount of it a second
     amount: float | str = 1  # of the unit that the work makes, or the file of so many MB
-    phases: list = field(default_factory=list)  # dicts of flops, bytes and disk
+    phases: list = field(default_factory=list)  # dicts of flops, bytes, stream and disk
     command: list | None = None  # of ours, where whole processes are timed
     memory: bool = False  # whether the peak of memory is reported, too
 
@@ -132,6 +135,7 @@ def limits(s):
     rows = s.gpt2.weight_bytes()
     multiply = {"work": "sgemm", "size": s.sgemm}
     read = {"work": "matvec", "shapes": s.gpt2.matrices}
+    change = {"work": "scale", "size": s.scaled}
     write = {"work": "copy", "model": "gpt2"}
     size = f"{s.sgemm:,}"
     square = 2 * s.sgemm**3 / 1e9
@@ -140,6 +144,8 @@ def limits(s):
              "GFLOP/s", square, [{"flops": 1e9 * square}]),
         Item("limit", "matvec", "a vector times every matrix of the model", read, ("pytorch",),
              "GB/s", rows / 1e9, [{"bytes": rows}]),
+        Item("limit", "scale", "read and write a large array", change, ("pytorch",),
+             "GB/s", 8 * s.scaled / 1e9, [{"stream": 8 * s.scaled}]),
         Item("limit", "copy", "copy of the model's file, to the disk", write, (),
              "GB/s", 4 * s.gpt2.n_params / 1e9, [{"disk": 4 * s.gpt2.n_params}]),
     ]  # fmt: skip
@@ -204,7 +210,7 @@ def step_phases(shape, B, T):
 
 def adamw_phase(shape):
     """Four arrays are read, of parameter, gradient and two means, and three of them written."""
-    return {"bytes": 7 * 4 * shape.n_params}
+    return {"stream": 7 * 4 * shape.n_params}
 
 
 def training(s):

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,17 @@ def matvec(job):
     return Task(work)
 
 
+def scale(job):
+    """Scale a large array in place, in all threads: the limit for what reads and writes memory."""
+    parts = np.array_split(np.ones(job.size, np.float32), 64)
+    threads = ThreadPoolExecutor(job.threads)
+
+    def work():
+        list(threads.map(lambda part: np.multiply(part, 1, out=part), parts))
+
+    return Task(work)
+
+
 def copy(job):
     """Copy a model file and wait until it is on the disk: the limit for what converts."""
     source, target = job.folder / job.model / "model.bin", job.folder / "copy.bin"
@@ -210,6 +222,7 @@ if __name__ == "__main__":
         train_bpe=train_bpe,
         sgemm=sgemm,
         matvec=matvec,
+        scale=scale,
         copy=copy,
         machine=machine,
     )

@@ -180,6 +180,17 @@ def matvec(job):
     return Task(work)
 
 
+def scale(job):
+    """Scale a large array in place."""
+    torch.set_num_threads(job.threads)
+    values = torch.ones(job.size)
+
+    def work():
+        values.mul_(1.0)
+
+    return Task(work)
+
+
 def machine(job):
     """Print what PyTorch computes with; for a Task there is nothing left to do."""
     torch.set_num_threads(job.threads)
@@ -191,4 +202,12 @@ def machine(job):
 
 
 if __name__ == "__main__":
-    worker.main(step=step, adamw=adamw, names=names, sgemm=sgemm, matvec=matvec, machine=machine)
+    worker.main(
+        step=step,
+        adamw=adamw,
+        names=names,
+        sgemm=sgemm,
+        matvec=matvec,
+        scale=scale,
+        machine=machine,
+    )

@@ -3,7 +3,8 @@
 import math
 from statistics import median
 
-RESOURCES = {"flops": "sgemm", "bytes": "matvec", "disk": "copy"}  # and the item that measures it
+# and the item that measures it
+RESOURCES = {"flops": "sgemm", "bytes": "matvec", "stream": "scale", "disk": "copy"}
 
 
 def find_limits(record):

@@ -263,7 +263,7 @@ def test_every_item_of_ours_runs_where_no_peer_is(alone):
             missing = entry["results"][who]
             assert missing["problem"] == "not installed: pip install no-such-package"
             assert missing["seconds"] == []
-    assert set(report.find_limits(record)) == {"flops", "bytes", "disk"}
+    assert set(report.find_limits(record)) == {"flops", "bytes", "stream", "disk"}
     table = report.make_report(record)
     assert "| Hugging Face | - |" in table
     assert "not installed: pip install no-such-package" in table
