@@ -243,12 +243,14 @@ def train_on_pieces(pieces: dict[str, int], n_vocab: int) -> Encoder:
 
 def count_pieces(texts: Iterable[str]) -> Counter[str]:
     """Return how often each piece occurs in the texts, a Counter {piece: count}."""
-    pieces: Counter[str] = Counter()
+    words: Counter[str] = Counter()
     for text in texts:
         for document in text.split(utils.EOT_TEXT):
-            for word, count in Counter(WORDS.findall(document)).items():
-                for piece in PIECES.findall(word):
-                    pieces[piece] += count
+            words.update(WORDS.findall(document))
+    pieces: Counter[str] = Counter()
+    for word, count in words.items():
+        for piece in PIECES.findall(word):
+            pieces[piece] += count
     return pieces
 
 

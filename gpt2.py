@@ -113,9 +113,29 @@ def row_mean(*factors: Float[ndarray, "*N C"]) -> Float[ndarray, "*N 1"]:
 
 def linear(x: Float[ndarray, "*N I"], p: Node) -> tuple[Float[ndarray, "*N O"], Cache]:
     """x w^T + b: x (..., I) -> (..., O), with w (O, I)."""
-    out = times(as_rows(x), p.w)  # one matrix product over all rows, not one for each batch entry
+    out = times(as_rows(x), p.w)  # x w^T, over all rows at once, not for each batch entry
     out += p.b
     return out.reshape(*x.shape[:-1], -1), x
+
+
+def linear_backward(
+    dout: Float[ndarray, "*N O"], cache: Cache, p: Node, d: Node
+) -> Float[ndarray, "*N I"]:
+    """dx = dout w;  dw = dout^T x;  db = the sum of dout over all rows."""
+    x = cache
+    d.b += sum_rows(dout)
+    d.w += as_rows(dout).T @ as_rows(x)
+    return (as_rows(dout) @ p.w).reshape(x.shape)
+
+
+def as_rows(x: Float[ndarray, "*N C"]) -> Float[ndarray, "M C"]:
+    """View (..., C) as (N, C)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def sum_rows(x: Float[ndarray, "*N C"]) -> Float[ndarray, " C"]:
+    """Sum (..., C) over all but the last axis -> (C,)."""
+    return as_rows(x).sum(0)
 
 
 FEW_ROWS = 32
@@ -141,26 +161,6 @@ def times(x: Float[ndarray, "N I"], w: Float[ndarray, "O I"]) -> Float[ndarray, 
     utils.in_threads(multiply, len(stack), work=w.size * len(x))
     np.matmul(w[whole:], columns, out=out[whole:])
     return np.ascontiguousarray(out.T)
-
-
-def linear_backward(
-    dout: Float[ndarray, "*N O"], cache: Cache, p: Node, d: Node
-) -> Float[ndarray, "*N I"]:
-    """dx = dout w;  dw = dout^T x;  db = the sum of dout over all rows."""
-    x = cache
-    d.b += sum_rows(dout)
-    d.w += as_rows(dout).T @ as_rows(x)
-    return (as_rows(dout) @ p.w).reshape(x.shape)
-
-
-def as_rows(x: Float[ndarray, "*N C"]) -> Float[ndarray, "M C"]:
-    """View (..., C) as (N, C)."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def sum_rows(x: Float[ndarray, "*N C"]) -> Float[ndarray, " C"]:
-    """Sum (..., C) over all but the last axis -> (C,)."""
-    return as_rows(x).sum(0)
 
 
 GELU_SCALE = math.sqrt(2 / math.pi)  # math, not np: a NumPy scalar would turn float32 into float64

@@ -121,17 +121,17 @@ def small_kernels():
     return blas_kernels() in ("SkylakeX", "Cooperlake", "SapphireRapids")
 
 
-WORTH_THREADS = 1 << 22  # multiplications: fewer are done before another thread has woken up
+WORTH_A_THREAD = 1 << 21  # multiplications: fewer are done before it has woken up
 
 
 def in_threads(function: Callable[[slice], object], n: int, work: int) -> None:
-    """Call function(part) for slices of range(n): in threads, if there are `work` multiplications.
+    """Call function(part) for slices of range(n), in threads if `work`, multiplications, is large.
 
-    As many threads as BLAS has for a matrix product, this one among them, each with one BLAS
-    thread: for products too small to share, and for what NumPy does on one core.
+    At most as many threads as BLAS has for a matrix product, this one among them, each with one
+    BLAS thread: for products too small to share, and for what NumPy does on one core.
     """
-    n_threads = blas_threads() if work >= WORTH_THREADS else 1
-    n_parts = max(1, min(n_threads, n))
+    n_threads = blas_threads()
+    n_parts = max(1, min(n_threads, n, work // WORTH_A_THREAD))
     bounds = [n * i // n_parts for i in range(n_parts + 1)]
     first, *others = map(slice, bounds, bounds[1:])
     if not others:
@@ -166,7 +166,7 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(arena_max, 1)  # one heap for all threads
         mallopt(mmap_threshold, gigabyte)
-        mallopt(trim_threshold, gigabyte)
+        mallopt(trim_threshold, -1)  # never
 
 
 def shown(value, longest=80):

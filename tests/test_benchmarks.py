@@ -209,9 +209,9 @@ def test_memory_has_rows_of_its_own():
     assert "| PyTorch | 500 MB | 500 to 500 (1) | 2.50 x |" in table
 
 
-def test_limit_is_the_best_that_anyone_reached():
+def test_limit_is_the_median_of_whoever_was_fastest():
     entry = limit_entry("matvec", "bytes", 100, 5.0)
-    entry["results"]["pytorch"] = entry["results"]["ours"] | {"seconds": [4.0, 8.0]}
+    entry["results"]["pytorch"] = entry["results"]["ours"] | {"seconds": [8.0, 1.0, 4.0]}
     assert report.find_limits(make_record(entry)) == {"bytes": 25.0}
 
 

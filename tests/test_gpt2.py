@@ -207,7 +207,7 @@ def test_attend_in_threads_gives_the_same_bits(monkeypatch, n_threads):
         names.add(threading.current_thread().name)
         return softmax(scores)
 
-    monkeypatch.setattr(utils, "WORTH_THREADS", 0)
+    monkeypatch.setattr(utils, "WORTH_A_THREAD", 1)
     monkeypatch.setattr(gpt2, "softmax", softmax)
     monkeypatch.setattr(utils, "blas_threads", lambda: n_threads)
     monkeypatch.setattr(utils, "one_blas_thread", one_blas_thread)
@@ -223,7 +223,7 @@ def test_attend_in_threads_gives_the_same_bits(monkeypatch, n_threads):
 @pytest.mark.parametrize("n_out", [1, 5, 64, 301])
 def test_a_product_of_few_rows_is_the_product(monkeypatch, n_threads, n_rows, n_out):
     monkeypatch.setattr(gpt2, "STACK", 40 * n_rows * 6)  # 6 rows of w
-    monkeypatch.setattr(utils, "WORTH_THREADS", 0)
+    monkeypatch.setattr(utils, "WORTH_A_THREAD", 1)
     monkeypatch.setattr(utils, "small_kernels", lambda: True)
     monkeypatch.setattr(utils, "blas_threads", lambda: n_threads)
     x, w = normal(n_rows, 40), normal(n_out, 40, seed=3)
