@@ -46,6 +46,12 @@ def shared():
 
 
 @pytest.fixture
+def uncounted(monkeypatch):
+    """Leave the processes of a test, which run copies of the modules, out of the coverage."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+
+
+@pytest.fixture
 def run():
     """`run("gpt2.py", "--help")` runs a command of ours as a user does, from the repository."""
 

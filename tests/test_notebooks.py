@@ -27,6 +27,7 @@ ABSOLUTE_PATH = re.compile(
     r"(?<![\w.~:/])/(?:home|Users|root|tmp|usr|opt|var|mnt|work)\b|\b[A-Z]:\\"
 )
 
+pytestmark = pytest.mark.usefixtures("uncounted")
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 

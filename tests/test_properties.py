@@ -135,7 +135,7 @@ any_text = st.text(st.characters() | st.sampled_from("aeth  \n'"), max_size=60)
 with_surrogates = st.text(st.characters(categories=["Cs", "L", "Zs"]), max_size=30)
 
 
-@settings(PROPERTY, max_examples=100)
+@settings(PROPERTY, max_examples=60)
 @given(st.text("abc de'é😀\n", min_size=10, max_size=200), st.integers(257, 290), any_text)
 def test_any_text_comes_back_from_any_table(tmp_path, corpus, n_vocab, text):
     try:
@@ -310,7 +310,7 @@ logits_of_few = st.lists(
 ).map(lambda values: np.array(values, np.float32))
 
 
-@settings(PROPERTY, max_examples=150)
+@settings(PROPERTY, max_examples=80)
 @given(logits_of_few, st.floats(0.01, 1.0), st.sampled_from([0.5, 1.0, 2.0]))
 def test_top_p_draws_from_the_smallest_sufficient_set(logits, top_p, temperature):
     weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
@@ -323,7 +323,7 @@ def test_top_p_draws_from_the_smallest_sufficient_set(logits, top_p, temperature
     assert found >= {id for id in kept if probs[id] / sum(probs[list(kept)]) > 0.01}
 
 
-@settings(PROPERTY, max_examples=100)
+@settings(PROPERTY, max_examples=60)
 @given(logits_of_few, st.integers(1, 9), st.sampled_from([0.5, 1.0, 2.0]))
 def test_top_k_draws_from_the_k_most_probable(logits, top_k, temperature):
     kept = sorted(range(len(logits)), key=lambda id: (-logits[id], id))[:top_k]

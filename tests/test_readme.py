@@ -29,6 +29,7 @@ COMMANDS = [
     for line in text.splitlines()
     for match in COMMAND.findall(line)
 ]
+pytestmark = pytest.mark.usefixtures("uncounted")
 SMALL = {  # what makes a training short: nothing but its length and its reports changes
     "train.py": "--steps 2 --batch_size 2 --seq_len 8 --eval_tokens 100 --sample_every 9",
     "gpt2.py": "--n_tokens 3",
