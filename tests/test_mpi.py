@@ -60,7 +60,7 @@ def launcher():
     mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
     if mpiexec is None:
         pytest.skip("there is no mpiexec: install openmpi or mpich")
-    hello = "from mpi4py import MPI; print('size', MPI.COMM_WORLD.allreduce(1))"
+    hello = "from mpi4py import MPI; print(f'size {MPI.COMM_WORLD.allreduce(1)}')"
     for flags in FLAGS:
         done = finish(launch([mpiexec, *flags, "-n", 4, sys.executable, "-c", hello]), 60)
         if done.returncode == 0 and done.stdout.count("size 4") == 4:

@@ -680,6 +680,44 @@ def test_command_errors_are_one_clear_line(run, fish, text, case):
     assert not (text.parent / "fish" / "model.bin").exists()
 
 
+def test_command_errors_about_a_model_are_one_clear_line(run, fish, text):
+    out = text.parent / "fish"
+    assert run("train.py", *fish()).returncode == 0
+    before = (out / "state.npz").read_bytes()
+    evaluate = ("--eval_only", "--init", out, "--data", text)
+    cases = [
+        (("--resume",), 2, "--resume needs --out, the folder of the run"),
+        (("--resume", "--out", out, "--n_layer", 3), 1, "that cannot be changed"),
+        ((*evaluate, "--stride", 9), 1, "expected --stride 9 <= --seq_len 8 <= n_ctx 8"),
+        ((*evaluate, "--seq_len", 9), 1, "expected --stride 9 <= --seq_len 9 <= n_ctx 8"),
+    ]
+    for arguments, status, message in cases:
+        done = run("train.py", *arguments)
+        assert done.returncode == status, arguments
+        assert message in last_line(done.stderr)
+        assert "Traceback" not in done.stderr
+        assert (out / "state.npz").read_bytes() == before
+
+
+def test_one_token_is_too_few_to_validate_with():
+    with pytest.raises(ValueError, match="1 tokens to validate with: give more text"):
+        train.check_validation(np.zeros(1))
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(monkeypatch, capsys):
+    now = [5.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    with train.interrupts() as asked:
+        assert not asked()
+        for _ in range(2):  # the second is only the first one's echo
+            signal.raise_signal(signal.SIGINT)
+            assert asked()
+        now[0] = 6.5
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert capsys.readouterr().err.count("stopping after this step") == 1
+
+
 def test_command_refuses_foreign_tokens_files(run, fish, text):
     data = text.parent / "foreign.bin"
     enc = encoder.train(TEXT, 260)

@@ -1225,3 +1225,23 @@ def test_download_killed_outright_goes_on(site, fetch):
     assert part.exists()
     fetch()
     assert_fetched(fetch.folder)
+
+
+def test_what_a_file_cannot_hold_is_refused_and_leaves_the_file_alone(tmp_path, monkeypatch):
+    path = tmp_path / "it.bin"
+    path.write_bytes(b"good")
+    with pytest.raises(ValueError, match=r"a token of 256 bytes exceeds the 255 that .*it\.bin"):
+        utils.save_tokenizer(path, [b"a", b"b" * 256], None)
+    with pytest.raises(ValueError, match="16-bit ids, 65536 at most"):
+        utils.save_tokens(path, [], 65537)
+    with pytest.raises(ValueError, match=r"an array of shape \(2,\), expected \(3,\)"):
+        utils.write_array(None, np.zeros(2), (3,))
+
+    class Many(np.ndarray):
+        def __len__(self):
+            return 2**31
+
+    with pytest.raises(ValueError, match="2147483648 tokens exceed"):
+        utils.save_tokens(path, [np.zeros(1).view(Many)], 300)
+    assert path.read_bytes() == b"good"
+    assert os.listdir(tmp_path) == ["it.bin"]
