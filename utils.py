@@ -116,7 +116,7 @@ def blas_kernels():
 def small_kernels():
     """Tell whether NumPy's BLAS has kernels for small matrices, which read them where they are.
 
-    In OpenBLAS those for AVX-512 have; where the others pack them too, small is only slow.
+    Those of OpenBLAS for AVX-512 do. The others copy a small matrix first, as they do a large one.
     """
     return blas_kernels() in ("SkylakeX", "Cooperlake", "SapphireRapids")
 

@@ -110,11 +110,14 @@ def test_threads_serve_a_forked_process_too():
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
     code = """
-import os, utils
+import os, threading, utils
 utils.blas_threads, utils.set_blas_threads = lambda: 3, lambda n: None
 def parts():
-    found = []
-    utils.in_threads(lambda part: found.append((part.start, part.stop)), 7, work=1 << 40)
+    found, all_here = [], threading.Barrier(3, timeout=20)
+    def function(part):
+        all_here.wait()
+        found.append((part.start, part.stop))
+    utils.in_threads(function, 7, work=1 << 40)
     return sorted(found)
 assert parts() == [(0, 2), (2, 4), (4, 7)]
 if child := os.fork():
