@@ -1248,3 +1248,9 @@ def test_what_a_file_cannot_hold_is_refused_and_leaves_the_file_alone(tmp_path, 
         utils.save_tokens(path, [np.zeros(1).view(Many)], 300)
     assert path.read_bytes() == b"good"
     assert os.listdir(tmp_path) == ["it.bin"]
+
+
+def test_a_block_of_an_index_may_be_empty():
+    assert list(utils.block_entries(bytes(4) + b"\x01\0\0\0")) == []  # one restart, no entry
+    with pytest.raises(ValueError, match="a block of 8 bytes cannot hold 2 restarts"):
+        list(utils.block_entries(bytes(4) + b"\x02\0\0\0"))
