@@ -27,10 +27,13 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import utils  # isort: skip (before NumPy: it configures its BLAS)
+import gpt2_support  # isort: skip (before NumPy: it configures its BLAS)  # noqa: F401
 
 import numpy as np
 import regex
+
+from gpt2_support import cli, hub
+from gpt2_support.formats import llmc, token_table
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     from collections.abc import Iterable
@@ -118,7 +121,7 @@ class Cache(dict):
 
 
 class Encoder:
-    """Turns text into token ids and back, given a token table as `utils.load_tokenizer` returns it.
+    """Turns text into token ids and back, given a token table as `load_tokenizer` returns it.
 
     `tokens` is a list of bytes indexed by id, `eot` the id of the end-of-text token, or None.
     """
@@ -176,7 +179,7 @@ class Encoder:
 
     def save(self, path: str | Path) -> None:
         """Write the token table as llm.c's `tokenizer.bin`."""
-        utils.save_tokenizer(path, self.tokens, self.eot)
+        token_table.save_tokenizer(path, self.tokens, self.eot)
 
 
 class StreamDecoder:
@@ -198,18 +201,18 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def load(name: str | Path, models_dir: str | Path = utils.MODELS_DIR) -> Encoder:
+def load(name: str | Path, models_dir: str | Path = hub.MODELS_DIR) -> Encoder:
     """Return the Encoder of a model in `models_dir`, such as "124M", or of a path.
 
-    The path is a folder or a token table in any format that `utils.load_tokenizer` reads. One of
+    The path is a folder or a token table in any format that `load_tokenizer` reads. One of
     OpenAI's models that is not there yet is downloaded. Raises FileNotFoundError, or ValueError if
     the table is damaged.
     """
     if Path(name).exists():
-        return Encoder(*utils.load_tokenizer(name))
-    folder = Path(models_dir) / utils.MODEL_ALIASES.get(str(name), name)
-    folder = folder if folder.exists() else utils.find_model(name, models_dir)
-    return Encoder(*utils.load_tokenizer(folder))
+        return Encoder(*token_table.load_tokenizer(name))
+    folder = Path(models_dir) / hub.MODEL_ALIASES.get(str(name), name)
+    folder = folder if folder.exists() else hub.find_model(name, models_dir)
+    return Encoder(*token_table.load_tokenizer(folder))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -235,17 +238,19 @@ def train(texts: str | Iterable[str], n_vocab: int) -> Encoder:
 def train_on_pieces(pieces: dict[str, int], n_vocab: int) -> Encoder:
     """Return the Encoder that `train` learns, given {piece: count}."""
     if n_vocab < 257:
-        raise ValueError(f"n_vocab = {n_vocab}: 256 bytes and {utils.EOT_TEXT} are 257 tokens")
-    tokens = [bytes([byte]) for byte in utils.bytes_to_unicode()]
+        raise ValueError(
+            f"n_vocab = {n_vocab}: 256 bytes and {token_table.EOT_TEXT} are 257 tokens"
+        )
+    tokens = [bytes([byte]) for byte in token_table.bytes_to_unicode()]
     learn_merges(pieces, tokens, n_vocab - 1)
-    return Encoder([*tokens, utils.EOT_TEXT.encode()], eot=n_vocab - 1)
+    return Encoder([*tokens, token_table.EOT_TEXT.encode()], eot=n_vocab - 1)
 
 
 def count_pieces(texts: Iterable[str]) -> Counter[str]:
     """Return how often each piece occurs in the texts, a Counter {piece: count}."""
     words: Counter[str] = Counter()
     for text in texts:
-        for document in text.split(utils.EOT_TEXT):
+        for document in text.split(token_table.EOT_TEXT):
             words.update(WORDS.findall(document))
     pieces: Counter[str] = Counter()
     for word, count in words.items():
@@ -440,7 +445,7 @@ def encode_files(enc, paths, out, docs="eot", n_procs=1, chunk_size=CHUNK):
     with tqdm(total=n_bytes, desc="encode", unit="B", unit_scale=True) as bar:
         lists = counted(read_documents(paths, docs, chunk_size, bar.update))
         arrays = encode_all(enc, lists, min(n_procs, 1 + n_bytes // (8 * chunk_size)))
-        n_tokens = utils.save_tokens(out, arrays, enc.n_vocab)
+        n_tokens = llmc.save_tokens(out, arrays, enc.n_vocab)
     return n_tokens, n_docs, n_bytes
 
 
@@ -461,15 +466,17 @@ def train_files(paths, n_vocab):
 
 def vocabulary_size(text):
     """Return the n_vocab that a flag was given, for argparse's `type=`."""
-    n_vocab = utils.positive_int(text)
+    n_vocab = cli.positive_int(text)
     if n_vocab < 257:
-        raise argparse.ArgumentTypeError(f"{n_vocab} is below 257, all bytes and {utils.EOT_TEXT}")
+        raise argparse.ArgumentTypeError(
+            f"{n_vocab} is below 257, all bytes and {token_table.EOT_TEXT}"
+        )
     return n_vocab
 
 
 def parse_args():
     """Return the arguments of `python encoder.py`."""
-    parser = utils.ArgumentParser(
+    parser = cli.ArgumentParser(
         description="Learn a tokenizer from text, and encode text to token ids for training. Each "
         "command has a --help of its own.",
         examples=[
@@ -521,7 +528,7 @@ def parse_args():
         "between lines of only <|endoftext|>",
     )
     sub.add_argument(
-        "--n_procs", type=utils.positive_int, default=os.cpu_count() or 1, help="processes to use"
+        "--n_procs", type=cli.positive_int, default=os.cpu_count() or 1, help="processes to use"
     )
     return parser.parse_args()
 
@@ -544,4 +551,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

@@ -25,11 +25,14 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import utils  # isort: skip (before NumPy: it configures its BLAS)
+import gpt2_support  # isort: skip (before NumPy: it configures its BLAS)  # noqa: F401
 
 import numpy as np
 
 import encoder
+from gpt2_support import blas, cli, hub, messages
+from gpt2_support.formats import llmc
+from gpt2_support.params import Params
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     from collections.abc import Callable, Sequence
@@ -40,7 +43,7 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
     from numpy.random import Generator
     from numpy.typing import DTypeLike
 
-    from utils import Config, Params
+    from gpt2_support.params import Config
 
     Node = Any  # parameters, or their gradients, by name: p.w, p.ln_1.g
     Cache = Any  # what a backward needs of its forward
@@ -148,7 +151,7 @@ def times(x: Float[ndarray, "N I"], w: Float[ndarray, "O I"]) -> Float[ndarray, 
     BLAS first copies w into another order, which for a few rows of x takes longer than the product
     itself. OpenBLAS's kernels for small matrices do without: then w is taken a few rows at a time.
     """
-    if not 1 < len(x) <= FEW_ROWS or not utils.small_kernels():
+    if not 1 < len(x) <= FEW_ROWS or not blas.has_small_kernels():
         return x @ w.T
     n = max(1, STACK // x.size)  # rows of w in a small product
     whole = len(w) // n * n
@@ -158,7 +161,7 @@ def times(x: Float[ndarray, "N I"], w: Float[ndarray, "O I"]) -> Float[ndarray, 
     def multiply(part):
         np.matmul(stack[part], columns, out=products[part])
 
-    utils.in_threads(multiply, len(stack), work=w.size * len(x))
+    blas.parallel_for(multiply, len(stack), work=w.size * len(x))
     np.matmul(w[whole:], columns, out=out[whole:])
     return np.ascontiguousarray(out.T)
 
@@ -251,7 +254,7 @@ def attend(
                 np.copyto(scores, -np.inf, where=future)
             np.matmul(softmax(scores), v[:, heads, :S], out=out[:, heads, rows])
 
-    utils.in_threads(mix, H, work=q.size * k.shape[2])
+    blas.parallel_for(mix, H, work=q.size * k.shape[2])
     return out, (q, k, v, atts)
 
 
@@ -276,7 +279,7 @@ def attend_backward(
             dq_[:, :, rows] = dscores @ k_[:, :, :S]
             dk_[:, :, :S] += dscores.swapaxes(-1, -2) @ q_[:, :, rows]
 
-    utils.in_threads(undo, q.shape[1], work=q.size * k.shape[2])
+    blas.parallel_for(undo, q.shape[1], work=q.size * k.shape[2])
     return dq, dk, dv
 
 
@@ -440,7 +443,7 @@ def transformer(
     `caches`, a list, receives what `transformer_backward` needs; without it the cache of a layer
     is dropped as soon as the layer is done. `record`, a dict, receives activations by name.
     """
-    utils.keep_freed_memory()
+    blas.tune_malloc()
     keep = (lambda cache: None) if caches is None else caches.append
     n_head = params.config.n_head
     start = np.zeros(1, int) if kv is None else kv.length
@@ -586,7 +589,7 @@ def loss_and_grads(
     """
     tokens, targets = check_targets(params.config, tokens, targets)
     if grads is None:
-        grads = utils.Params(params.config, np.zeros_like(params.flat))
+        grads = Params(params.config, np.zeros_like(params.flat))
     caches: list = []
     x = transformer(params, tokens, caches=caches)
     losses, dx = head(as_rows(x), params, targets, grads)
@@ -856,13 +859,13 @@ def last_logits(
 # The command line
 
 
-def load(name: str | Path = "124M", models_dir: str | Path = utils.MODELS_DIR) -> Params:
+def load(name: str | Path = "124M", models_dir: str | Path = hub.MODELS_DIR) -> Params:
     """Return the Params, memory-mapped and read-only, of a model's name, folder or model.bin.
 
     One of OpenAI's models (124M, 355M, 774M, 1558M) that is not in models_dir yet is downloaded.
     Raises FileNotFoundError for an unknown name, ValueError for a damaged file.
     """
-    return utils.load_params(utils.find_model(name, models_dir))
+    return llmc.load_params(hub.find_model(name, models_dir))
 
 
 class TextStream:
@@ -1015,7 +1018,7 @@ def print_stats(n_prompt: int, n_samples: int, times: list[float]) -> None:
     if n:
         text += f"; decode: {n} tokens in {decode:.3f} s, {n / decode:.1f} tokens/s"
     print(text, file=sys.stderr)
-    print(f"BLAS: {utils.blas_kernels()} kernels, threads: {utils.blas_threads()}", file=sys.stderr)
+    print(f"BLAS: {blas.kernels()} kernels, threads: {blas.get_threads()}", file=sys.stderr)
 
 
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -1023,7 +1026,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 def parse_args(argv=None):
     """Parse the command line; exit with status 2 and one line for a bad argument."""
-    parser = utils.ArgumentParser(
+    parser = cli.ArgumentParser(
         prog="gpt2.py",
         usage="%(prog)s [PROMPT] [flags]",
         description="Continue a text with GPT-2, on NumPy. Only the generated text goes to "
@@ -1035,14 +1038,14 @@ def parse_args(argv=None):
             "python gpt2.py - --model models/mine --n_samples 3 --top_p 0.9 < prompt.txt",
         ],
     )
-    positive = utils.positive_int
+    positive = cli.positive_int
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="text to continue; "
         "- reads it from standard input; without one the model starts a text")  # fmt: skip
     add = parser.add_argument_group("model").add_argument
     add("--model", type=str, help="124M, 355M, 774M or 1558M, another in --models_dir, or a path; "
         "one of these four is downloaded if it is not there (default: 124M, or stories where that "
         "is not there and there is no network)")  # fmt: skip
-    add("--models_dir", type=Path, default=utils.MODELS_DIR, help="folder of the models")
+    add("--models_dir", type=Path, default=hub.MODELS_DIR, help="folder of the models")
     add = parser.add_argument_group("text").add_argument
     add("--n_tokens", type=positive, default=40, help="tokens to generate at most")
     add("--stop", action="append", default=[], help="end before this text; may be repeated "
@@ -1099,12 +1102,12 @@ def check_tokenizer(name: str | Path, params: Params, enc: encoder.Encoder) -> N
 def find_default_model(models_dir: str | Path) -> Path:
     """Return the path of 124M or, where it cannot be downloaded, of the bundled small model."""
     try:
-        return utils.find_model("124M", models_dir)
+        return hub.find_model("124M", models_dir)
     except ConnectionError:
         path = Path(models_dir) / "stories"
         if not (path / "model.bin").exists():
             raise
-        utils.note(
+        messages.info(
             "GPT-2 is not here and its server cannot be reached: using the bundled model "
             "`stories`, which tells children's stories. For GPT-2 itself, on a network: "
             "python utils.py download 124M"
@@ -1118,8 +1121,8 @@ def main(argv=None):
     if args.model is None:
         path = find_default_model(args.models_dir)
     else:
-        path = utils.find_model(args.model, args.models_dir)
-    params = utils.load_params(path)
+        path = hub.find_model(args.model, args.models_dir)
+    params = llmc.load_params(path)
     enc = encoder.load(path if path.is_dir() else path.parent)
     check_tokenizer(path, params, enc)
     n_ctx = params.config.n_ctx
@@ -1131,8 +1134,8 @@ def main(argv=None):
         message = f"prompt of {len(ids)} tokens exceeds n_ctx = {n_ctx}"
         if not args.interactive:
             parser.error(message)
-        utils.note(message)
+        messages.info(message)
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

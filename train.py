@@ -5,7 +5,7 @@ Reading order: where a model starts (`init_params`), what it reads (`Windows`), 
 (`evaluate`), what is kept of it (`save_checkpoint`, `Log`), the loop (`train`), and the command
 line.
 
-    params = init_params(utils.Config(n_vocab=1024, n_ctx=128, n_embd=64, n_head=4, n_layer=2))
+    params = init_params(Config(n_vocab=1024, n_ctx=128, n_embd=64, n_head=4, n_layer=2))
     run = Run(params, Settings(steps=1000))
     train(run, Windows(tokens, run.settings))
 """
@@ -30,12 +30,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
-import utils  # isort: skip (before NumPy: it configures its BLAS)
+import gpt2_support  # isort: skip (before NumPy: it configures its BLAS)  # noqa: F401
 
 import numpy as np
 
 import encoder
 import gpt2
+from gpt2_support import blas, cli, files, hub, messages
+from gpt2_support.formats import llmc
+from gpt2_support.params import Config, Params, layout
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     from collections.abc import Callable, Iterable, Iterator
@@ -44,7 +47,6 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
     from numpy import ndarray
 
     from encoder import Encoder
-    from utils import Config, Params
 
     Batch = tuple[Integer[ndarray, "B T"], Integer[ndarray, "B T"]]  # tokens and targets
     Share = Callable[[Callable[[int, int], object]], list]
@@ -59,7 +61,7 @@ def init_params(config: Config, seed: int = 0) -> Params:
     The projections back into the residual stream, to which 2 n_layer branches add, are smaller by
     sqrt(2 n_layer). Radford et al. 2019, section 2.3. The same seed gives the same values.
     """
-    params = utils.Params(config)
+    params = Params(config)
     rng = np.random.default_rng(seed)
     for name, array in params.named.items():
         if name.endswith("/g"):
@@ -109,7 +111,7 @@ class Settings:
 class Run:
     """A training run between two steps: all that a checkpoint holds."""
 
-    params: utils.Params
+    params: Params
     settings: Settings = field(default_factory=Settings)
     step: int = 0  # steps done; the position in the data follows from it
     best_loss: float = math.inf  # the lowest validation loss so far, in nats a token
@@ -238,7 +240,7 @@ def decay_spans(config: Config) -> list[tuple[int, int, bool]]:
     """Return [(start, end, decays)], the stretches of the packed buffer that decay and do not."""
     spans: list[tuple[int, int, bool]] = []
     end = 0
-    for name, shape in utils.layout(config).items():
+    for name, shape in layout(config).items():
         start, end = end, end + math.prod(shape)
         decays = not name.endswith(("/b", "/g"))
         if spans and spans[-1][2] == decays:
@@ -286,9 +288,9 @@ class Team:
     def __init__(self, params, n=1, ranks=None):
         self.n, self.ranks = n, ranks or Ranks()
         self.early, self.late = pieces(params.config, self.ranks.size)
-        self.grads = [utils.Params(params.config, np.zeros_like(params.flat)) for _ in range(n)]
+        self.grads = [Params(params.config, np.zeros_like(params.flat)) for _ in range(n)]
         is_large = params.flat.size > 1 << 20  # so that waking a thread costs less than it does
-        self.n_elementwise = max(n, utils.blas_threads()) if is_large else n
+        self.n_elementwise = max(n, blas.get_threads()) if is_large else n
         self.pool = ThreadPoolExecutor(self.n_elementwise)
 
     def share(self, work):
@@ -353,7 +355,7 @@ def blas_threads(config, n=1):
     nothing where NumPy has another BLAS than OpenBLAS.
     """
     if n > 1 or config.n_embd < 256:
-        return utils.one_blas_thread(then=utils.blas_threads())
+        return blas.one_thread(then=blas.get_threads())
     return contextlib.nullcontext()
 
 
@@ -365,7 +367,7 @@ def pieces(config, n_ranks, least=1 << 23):
     end, the embeddings because they are also the head; and so does all of a smaller model.
     """
     L, stacks, end = config.n_layer, [], 0
-    for shape in utils.layout(config).values():
+    for shape in layout(config).values():
         start, end = end, end + math.prod(shape)
         if len(shape) == 3:  # the weights (L, O, I)
             stacks.append((start, math.prod(shape[1:])))
@@ -489,7 +491,7 @@ class MPIRanks(Ranks):
         n_here = self.comm.Split_type(self.mpi.COMM_TYPE_SHARED).size
         allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else Ranks.cores
         self.cores = max(1, min(allowed, Ranks.cores // n_here))
-        utils.set_blas_threads(min(utils.blas_threads(), self.cores))
+        blas.set_threads(min(blas.get_threads(), self.cores))
 
     def __exit__(self, kind, error, trace):
         """After an error that all ranks meet, end as one would; otherwise tell it, and end all."""
@@ -657,9 +659,9 @@ def save_checkpoint(folder: Path, run: Run, ranks: Ranks | None = None) -> None:
         for _ in itertools.chain(*arrays.values()):
             pass
         return
-    with utils.atomic_write(folder / "state.npz") as file:
+    with files.atomic_write(folder / "state.npz") as file:
         write_npz(file, json.dumps(meta), arrays, run.params.flat)
-    utils.save_params(folder / "model.bin", run.params)
+    llmc.save_params(folder / "model.bin", run.params)
 
 
 def write_npz(file, meta, arrays, like):
@@ -691,13 +693,13 @@ def load_checkpoint(folder: str | Path, part: Callable[[int], slice] | None = No
         with np.load(path) as state:
             meta = json.loads(str(state["meta"]))
             flat, m, v = (state[name] for name in ("params", "m", "v"))
-        params = utils.Params(utils.Config(**meta["config"]), flat)
+        params = Params(Config(**meta["config"]), flat)
         optimizer = AdamW(params, part and part(flat.size))
         run = Run(params, Settings(**meta["settings"]), meta["step"], meta["best_loss"], optimizer)
         check_run(run, flat, m, v)
         optimizer.m[...], optimizer.v[...] = m[optimizer.part], v[optimizer.part]
     except Exception as error:  # of damaged files, zipfile and NumPy raise a dozen kinds
-        reason = utils.shown(str(error) or type(error).__name__)
+        reason = messages.preview(str(error) or type(error).__name__)
         raise ValueError(f"{path}: not a whole checkpoint of train.py: {reason}") from None
     return run
 
@@ -742,7 +744,7 @@ class Log:
 
     def __init__(self, path, step):
         self.rows = [row for row in read_log(path) if int(row["step"]) <= step] if step else []
-        with utils.atomic_write(path) as file:
+        with files.atomic_write(path) as file:
             text = "".join(",".join(row.values()) + "\n" for row in self.rows)
             file.write((",".join(self.COLUMNS) + "\n" + text).encode())
         self.path = path
@@ -750,7 +752,7 @@ class Log:
     def add(self, *values):
         """Write a row; None is an empty cell."""
         cells = ["" if x is None else str(x) if type(x) is int else f"{x:.6g}" for x in values]
-        with utils.naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+        with files.with_path(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(",".join(cells) + "\n")
         self.rows.append(dict(zip(self.COLUMNS, cells, strict=True)))
 
@@ -765,7 +767,9 @@ def read_log(path):
     text = Path(path).read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
     header, *lines = text.split("\n")[:-1] or [",".join(Log.COLUMNS)]
     if header != ",".join(Log.COLUMNS):
-        raise ValueError(f"{path}: begins with {utils.shown(header)}, not as a log of train.py")
+        raise ValueError(
+            f"{path}: begins with {messages.preview(header)}, not as a log of train.py"
+        )
     return [parse_row(path, line) for line in lines]
 
 
@@ -777,7 +781,7 @@ def parse_row(path, line):
         list(map(float, filter(None, cells)))
         return dict(zip(Log.COLUMNS, cells, strict=True))
     except ValueError:
-        raise ValueError(f"{path}: {utils.shown(line)} is no row of a training log") from None
+        raise ValueError(f"{path}: {messages.preview(line)} is no row of a training log") from None
 
 
 def plot_log(rows, path):
@@ -798,7 +802,7 @@ def plot_log(rows, path):
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=Path(path).parent.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    with utils.atomic_write(path) as file:
+    with files.atomic_write(path) as file:
         figure.savefig(file, format="png", bbox_inches="tight")
     plt.close(figure)
 
@@ -881,7 +885,7 @@ class Reporter(Saver):
         self.note(f"step {run.step}: validation loss {found}")
         if found.loss < run.best_loss:
             run.best_loss = found.loss
-            utils.save_params(self.out / "best" / "model.bin", run.params)
+            llmc.save_params(self.out / "best" / "model.bin", run.params)
         return found
 
     def sample(self):
@@ -942,7 +946,7 @@ FINE_TUNING = {  # the defaults that differ where --init names a model
 }
 
 
-positive = utils.positive_int
+positive = cli.positive_int
 DEFAULTS = asdict(Settings()) | {
     "n_vocab": 1024,
     "init": "scratch",
@@ -950,7 +954,7 @@ DEFAULTS = asdict(Settings()) | {
     "n_head": 4,
     "n_embd": 128,
     "n_ctx": 128,
-    "models_dir": utils.MODELS_DIR,
+    "models_dir": hub.MODELS_DIR,
     "seq_len": None,
     "lr": None,
     "min_lr": None,
@@ -973,7 +977,7 @@ def number(text):
 
 def make_parser():
     """Return the parser of the command line."""
-    parser = utils.ArgumentParser(
+    parser = cli.ArgumentParser(
         prog="train.py",
         description="Train GPT-2 on your own text, from scratch or from a model. Ctrl-C saves and "
         "exits; --resume goes on, to the same result as if the run had never stopped.",
@@ -1101,7 +1105,7 @@ def is_text(path):
         raise FileNotFoundError(f"{path}: no such file")
     with open(path, "rb") as file:
         magic = int.from_bytes(file.read(4), "little")
-    return path.suffix != ".bin" and magic != utils.TOKENS_MAGIC
+    return path.suffix != ".bin" and magic != llmc.TOKENS_MAGIC
 
 
 def find_tokenizer(args):
@@ -1111,7 +1115,7 @@ def find_tokenizer(args):
     if args.tokenizer:
         return encoder.load(args.tokenizer, args.models_dir)
     if args.init != "scratch":
-        path = utils.find_model(args.init, args.models_dir)
+        path = hub.find_model(args.init, args.models_dir)
         return encoder.load(path if path.is_dir() else path.parent)
     if is_text(args.data):
         return learn_tokenizer(args.data, args.n_vocab)
@@ -1125,7 +1129,7 @@ def learn_tokenizer(text, n_vocab):
     """Return the Encoder of n_vocab tokens learned from a text file, once, and kept beside it."""
     path = text.with_name(f"{text.name}.{n_vocab}.tokenizer.bin")
     if not is_newer(path, text):
-        utils.note(f"{path}: learning a vocabulary of {n_vocab} tokens from {text}")
+        messages.info(f"{path}: learning a vocabulary of {n_vocab} tokens from {text}")
         encoder.train_files([text], n_vocab).save(path)
     return encoder.load(path)
 
@@ -1144,9 +1148,9 @@ def read_data(path, enc, docs):
         mark = hashlib.sha256(table + docs.encode()).hexdigest()[:8]
         text, path = path, path.with_name(f"{path.name}.{mark}.bin")
         if not is_newer(path, text):
-            utils.note(f"{path}: encoding {text}")
+            messages.info(f"{path}: encoding {text}")
             encoder.encode_files(enc, [text], path, docs, os.cpu_count())
-    tokens, n_vocab = utils.load_tokens(path)
+    tokens, n_vocab = llmc.load_tokens(path)
     top = max(
         (int(part.max()) for part in np.array_split(tokens, 1 + len(tokens) // 2**24) if part.size),
         default=0,
@@ -1208,7 +1212,7 @@ def choose_threads(n_rows, seq_len, n_embd, n_cores):
 def make_run(args, enc):
     """Return the Run that the command line asks for: resumed, from scratch, or from a model."""
     n_vocab = args.n_vocab if args.resume else enc.n_vocab  # a tuned model may have more than enc
-    shape = utils.Config(n_vocab, args.n_ctx, args.n_embd, args.n_head, args.n_layer)
+    shape = Config(n_vocab, args.n_ctx, args.n_embd, args.n_head, args.n_layer)
     if args.resume:
         run = args.run
         if shape != run.params.config:
@@ -1219,7 +1223,7 @@ def make_run(args, enc):
         params = init_params(shape, args.seed)
     else:
         loaded = gpt2.load(args.init, args.models_dir)
-        params = utils.Params(loaded.config, loaded.flat.copy())
+        params = Params(loaded.config, loaded.flat.copy())
         gpt2.check_tokenizer(args.init, params, enc)
     part = args.ranks.part(params.flat.size) if args.shard else None
     return Run(params, make_settings(args, params.config), optimizer=AdamW(params, part))
@@ -1237,7 +1241,7 @@ def describe(run, n_tokens, seconds):
     buffers = (1 + s.threads) * n + 2 * run.optimizer.m.size
     memory = 4 * (buffers + rows * per_token + logits)
     who = f" in each of {s.ranks} ranks, threads: {s.threads}" if s.ranks > 1 else ""
-    utils.note(
+    messages.info(
         f"{n:,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, "
         f"{c.n_ctx} tokens of context, a vocabulary of {c.n_vocab}\n"
         f"{left} steps of {s.tokens_per_step} tokens, {n_passes:.1f} passes over {n_tokens}, at a "
@@ -1301,7 +1305,7 @@ def train_command(args):
     if run.step < run.settings.steps:
         command = command_line("train.py", "--resume", "--out", args.out, *["--shard"] * args.shard)
         command = f"mpiexec -n {ranks.size} {command}" if ranks.size > 1 else command
-        utils.note(f"{args.out}: saved at step {run.step}; go on with: {command}")
+        messages.info(f"{args.out}: saved at step {run.step}; go on with: {command}")
         sys.exit(130)
     say_done(args.out, run)
 
@@ -1325,7 +1329,7 @@ def say_done(out, run):
     sampling = ("--model", out, "--n_tokens", 100, "--temperature", 0.8)
     command = command_line("gpt2.py", run.settings.prompt, *sampling)
     best = f"the lowest validation loss was {run.best_loss:.4f}, by {out / 'best'}"
-    utils.note(f"{out / 'model.bin'}: done; {best}. To sample: {command}")
+    messages.info(f"{out / 'model.bin'}: done; {best}. To sample: {command}")
 
 
 def command_line(program, *arguments):
@@ -1362,4 +1366,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

@@ -4,8 +4,8 @@ import hashlib
 
 import numpy as np
 
-import utils
 import worker
+from gpt2_support.formats import token_table
 from worker import Task
 
 
@@ -18,9 +18,9 @@ def make_encoding(job):
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    tokens, eot = utils.load_tokenizer(job.folder / job.model)
+    tokens, eot = token_table.load_tokenizer(job.folder / job.model)
     ranks = {token: id for id, token in enumerate(tokens) if id != eot}
-    special = {utils.EOT_TEXT: eot}
+    special = {token_table.EOT_TEXT: eot}
     return tiktoken.Encoding(
         "ours", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
     )
@@ -55,13 +55,13 @@ def train_bpe(job):
     """Learn a vocabulary from a text, on all cores."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    documents = read_text(job).split(utils.EOT_TEXT)
+    documents = read_text(job).split(token_table.EOT_TEXT)
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
     def work():
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = split
-        options = {"special_tokens": [utils.EOT_TEXT], "initial_alphabet": split.alphabet()}
+        options = {"special_tokens": [token_table.EOT_TEXT], "initial_alphabet": split.alphabet()}
         trainer = trainers.BpeTrainer(vocab_size=job.n_vocab, show_progress=False, **options)
         tokenizer.train_from_iterator(documents, trainer)
 

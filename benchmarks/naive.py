@@ -11,8 +11,8 @@ import numpy as np  # first of all: NumPy as it comes, whatever our modules woul
 # isort: on
 import math
 
-import utils
 import worker
+from gpt2_support.formats import llmc
 from worker import Task
 
 
@@ -86,7 +86,7 @@ def convert(params):
 
 def load(job):
     """Return the parameters of the job's model, its number of heads, and the prompt."""
-    params = utils.load_params(job.folder / job.model)
+    params = llmc.load_params(job.folder / job.model)
     prompt = worker.prompt_ids(job.n_prompt, params.config.n_vocab)
     return convert(params), params.config.n_head, prompt
 

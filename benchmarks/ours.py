@@ -18,8 +18,10 @@ import numpy as np
 
 import encoder
 import train
-import utils
 import worker
+from gpt2_support import files
+from gpt2_support.formats import llmc, token_table
+from gpt2_support.params import Config, Params
 from worker import Task
 
 
@@ -61,7 +63,7 @@ def forward(job):
 def step(job):
     """Take a training step: loss, gradient, clipping, AdamW."""
     loaded = gpt2.load(job.folder / job.model)
-    params = utils.Params(loaded.config, loaded.flat.copy())
+    params = Params(loaded.config, loaded.flat.copy())
     run, losses = train.Run(params, settings(job, params.config)), []
     team = train.Team(params, run.settings.threads)
     batch = worker.random_batch(job, params.config.n_vocab)
@@ -84,8 +86,8 @@ def settings(job, config, steps=1, lr=worker.LR):
 def adamw(job):
     """Update all parameters, given the gradient."""
     params = gpt2.load(job.folder / job.model)
-    params = utils.Params(params.config, params.flat.copy())
-    grads = utils.Params(params.config, np.full_like(params.flat, 1e-3))
+    params = Params(params.config, params.flat.copy())
+    grads = Params(params.config, np.full_like(params.flat, 1e-3))
     chosen, optimizer = settings(job, params.config), train.AdamW(params)
     team, steps = train.Team(params, chosen.threads), iter(range(1, 1 << 30))
 
@@ -97,8 +99,8 @@ def adamw(job):
 
 def names(job):
     """Train a tiny model from scratch for n_steps on names."""
-    tokens, n_vocab = utils.load_tokens(job.folder / "names.bin")
-    config, losses = utils.Config(n_vocab, *job.shape), []
+    tokens, n_vocab = llmc.load_tokens(job.folder / "names.bin")
+    config, losses = Config(n_vocab, *job.shape), []
 
     def work(n_steps=job.n_steps):
         losses.clear()
@@ -115,7 +117,7 @@ def names(job):
 def encode(job):
     """Encode a text; unless job.warm, every time with a new Encoder, whose cache is empty."""
     text = (job.folder / "text.txt").read_text(encoding="utf-8")
-    table, state = utils.load_tokenizer(job.folder / job.model), {}
+    table, state = token_table.load_tokenizer(job.folder / job.model), {}
 
     def work():
         if not (job.warm and state):
@@ -175,7 +177,7 @@ def copy(job):
     def work():
         with open(source, "rb") as read, open(target, "wb") as write:
             shutil.copyfileobj(read, write, 1 << 22)
-            utils.sync(write)
+            files.sync(write)
         target.unlink()
 
     return Task(work)

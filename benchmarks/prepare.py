@@ -16,7 +16,9 @@ from pathlib import Path
 import encoder
 import items
 import train
-import utils
+from gpt2_support import weights
+from gpt2_support.formats import crc32c, llmc, token_table
+from gpt2_support.params import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,19 +38,19 @@ def main():
 
 def make_models(folder, data, sizes):
     """Write `gpt2` and `stories`, and for Hugging Face `gpt2-hf` and `stories-hf`."""
-    config, stories = utils.Config(**vars(sizes.gpt2)), ROOT / "models" / "stories"
+    config, stories = Config(**vars(sizes.gpt2)), ROOT / "models" / "stories"
     params = train.init_params(config)
     for name, array in params.named.items():
         if name.startswith("model/h") and name.endswith("/w"):
             array *= 4  # with weights as small as at the start a model repeats one token for ever
-    utils.save_params(folder / "gpt2" / "model.bin", params)
+    llmc.save_params(folder / "gpt2" / "model.bin", params)
     shutil.copytree(stories, folder / "stories")
     found = [ROOT / "models" / "124M" / "tokenizer.bin", data / "gpt2" / "gpt2_tokenizer.bin"]
     found = [path for path in found if path.exists() and config.n_vocab == 50257]
     tokenizer = found[0] if found else stories / "tokenizer.bin"
     shutil.copyfile(tokenizer, folder / "gpt2" / "tokenizer.bin")
     for name in ("gpt2", "stories"):
-        utils.convert(folder / name, folder / f"{name}-hf", "hf")
+        weights.convert(folder / name, folder / f"{name}-hf", "hf")
     return "GPT-2's" if found else "the bundled model's, of 2,048 tokens"
 
 
@@ -58,9 +60,9 @@ def make_openai(folder):
     import openai_files
 
     def masked_crc(data):  # theirs takes the definition at its word, a byte at a time
-        return utils.masked_crc32c(data).to_bytes(4, "little")
+        return crc32c.masked_crc32c(data).to_bytes(4, "little")
 
-    params = utils.load_params(folder / "gpt2")
+    params = llmc.load_params(folder / "gpt2")
     arrays = {
         name: array.T[None] if name.endswith("/w") else array
         for name, array in params.named.items()
@@ -79,7 +81,7 @@ def make_texts(folder, data, sizes):
     else:
         text, kind = make_up_text(sizes.text_bytes), "made up: syllables, with Zipf's frequencies"
     (folder / "text.txt").write_text(text, encoding="utf-8", newline="\n")
-    plain = text.replace(utils.EOT_TEXT, "")
+    plain = text.replace(token_table.EOT_TEXT, "")
     n_copies = -(-sizes.file_bytes // len(plain))
     (folder / "file.txt").write_text(plain * n_copies, encoding="utf-8", newline="\n")
     n_bytes = len(text.encode())
@@ -95,7 +97,7 @@ def make_up_text(n_bytes, n_words=20_000):
     paragraphs, size = [], 0
     while size < n_bytes:
         sentence = rng.choices(words, weights, k=rng.randint(4, 15))
-        end = rng.choices([". ", "! ", '." ', f".\n{utils.EOT_TEXT}\n"], [80, 8, 8, 4])[0]
+        end = rng.choices([". ", "! ", '." ', f".\n{token_table.EOT_TEXT}\n"], [80, 8, 8, 4])[0]
         paragraphs.append(" ".join(sentence).capitalize() + end)
         size += len(paragraphs[-1])
     return "".join(paragraphs)

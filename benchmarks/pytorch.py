@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import utils
 import worker
+from gpt2_support.formats import llmc
+from gpt2_support.params import Config
 from worker import Task
 
 
@@ -100,7 +101,7 @@ def take_step(model, optimizer, tokens, targets):
 
 def load(job):
     """Return a GPT with the job's weights."""
-    params = utils.load_params(job.folder / job.model)
+    params = llmc.load_params(job.folder / job.model)
     return GPT(params.config).load(params)
 
 
@@ -135,9 +136,9 @@ def names(job):
     Its tensors are too small to share: a second thread would only be waited for.
     """
     torch.set_num_threads(1)
-    tokens, n_vocab = utils.load_tokens(job.folder / "names.bin")
+    tokens, n_vocab = llmc.load_tokens(job.folder / "names.bin")
     tokens, losses = torch.from_numpy(tokens.astype(np.int64)), []
-    config = utils.Config(n_vocab, *job.shape)
+    config = Config(n_vocab, *job.shape)
 
     def work(n_steps=job.n_steps):
         losses.clear()

@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils  # before NumPy: it may choose the kernels of its BLAS
+from gpt2_support.params import Config, n_params
+from gpt2_support import cli
 
 # isort: on
 import time
@@ -27,11 +28,11 @@ import numpy as np
 import train
 
 CONFIGS = {
-    "stories": utils.Config(n_vocab=4096, n_ctx=256, n_embd=216, n_head=6, n_layer=5),
-    "124M": utils.Config(),
-    "355M": utils.Config(n_embd=1024, n_head=16, n_layer=24),
-    "774M": utils.Config(n_embd=1280, n_head=20, n_layer=36),
-    "1558M": utils.Config(n_embd=1600, n_head=25, n_layer=48),
+    "stories": Config(n_vocab=4096, n_ctx=256, n_embd=216, n_head=6, n_layer=5),
+    "124M": Config(),
+    "355M": Config(n_embd=1024, n_head=16, n_layer=24),
+    "774M": Config(n_embd=1280, n_head=20, n_layer=36),
+    "1558M": Config(n_embd=1600, n_head=25, n_layer=48),
 }
 FLOPS = 160e9  # a second, of a training step of 124M on one machine; see docs/scaling.md
 OVERLAPPED = 2 / 3  # of the computation of a step is backward, and hides what is sent meanwhile
@@ -47,20 +48,20 @@ def flops_per_token(config, seq_len):
     Each weight is used in a product forward and two backward; the scores and the mixed values of
     half the T positions, on average, take as many again for each of their 2 L C T / 2 products.
     """
-    n_weights = utils.n_params(config) - config.n_ctx * config.n_embd
+    n_weights = n_params(config) - config.n_ctx * config.n_embd
     return 6 * n_weights + 6 * config.n_layer * config.n_embd * seq_len
 
 
 def communication(config, n, bandwidth):
     """Return the seconds to add up the gradients of n machines, at `bandwidth` bytes a second."""
-    return 4 * utils.n_params(config) * 2 * (n - 1) / n / bandwidth
+    return 4 * n_params(config) * 2 * (n - 1) / n / bandwidth
 
 
 def early_part(config):
     """Return the part of a gradient that is sent while earlier layers are computed."""
     early, _ = train.pieces(config, 2)
     sizes = [part.stop - part.start for parts in early.values() for part in parts]
-    return sum(sizes) / utils.n_params(config)
+    return sum(sizes) / n_params(config)
 
 
 def step_time(config, n, compute, bandwidth, overlap=False):
@@ -206,9 +207,9 @@ def print_row(args, run, seconds):
 
 def make_parser():
     """Return the parser of the command line."""
-    parser = utils.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    positive = utils.positive_int
+    positive = cli.positive_int
     add = commands.add_parser("measure", help="take steps here, under mpiexec or not").add_argument
     add("--model", choices=CONFIGS, default="124M", help="the shape of the model")
     add("--batch_size", type=positive, default=8, help="windows of all ranks together")
@@ -234,4 +235,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

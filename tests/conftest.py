@@ -1,8 +1,7 @@
-"""What the test files share: checked types, the reference data, a command runner.
+"""What the test files share: quick and thorough runs, the reference data, a command runner.
 
-The modules are imported here, with every function that has annotations checking what it is given
-and returns: dtypes, and that dimensions of one name agree, in every call of every test. Not so
-constructors, which refuse bad values themselves, and utils.py, whose readers do.
+`pytest` is the quick run. `pytest --thorough` is everything: also the tests marked `thorough`, more
+examples of each property, and every call of every function checked against its annotations.
 """
 
 import subprocess
@@ -11,26 +10,65 @@ import typing
 from pathlib import Path
 from unittest import mock
 
-import beartype.door  # (before the patch below, which is not for it)
-import jaxtyping
-import numpy.typing  # noqa: F401 (so too)
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
+hypothesis.settings.register_profile("quick", max_examples=20, deadline=None)
+hypothesis.settings.register_profile("thorough", deadline=None)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="run everything, types checked")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "thorough: runs with --thorough only")
+    thorough = config.getoption("--thorough")
+    hypothesis.settings.load_profile("thorough" if thorough else "quick")
+    if thorough:
+        import_checked()
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--thorough"):
+        return
+    slow = [item for item in items if item.get_closest_marker("thorough")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in set(slow)]
+
+
+def import_checked():
+    """Import the modules with every annotated function checking what it is given and returns.
+
+    Dtypes are checked, and that dimensions of one name agree, in every call. Not so constructors
+    and the readers of `gpt2_support`, which refuse bad values themselves.
+    """
+    import beartype.door
+    import jaxtyping
+    import numpy.typing  # noqa: F401 (beartype and this come before the patch, not meant for them)
+
+    with (
+        mock.patch.object(typing, "TYPE_CHECKING", True),  # the names of types are to be there
+        jaxtyping.install_import_hook(["encoder", "gpt2", "train"], "conftest.check_types"),
+    ):
+        import train  # noqa: F401 (which imports the others)
+
 
 def check_types(function):
     """Return a function that checks its annotations when it is called."""
+    import beartype
+
     return function if function.__name__ == "__init__" else beartype.beartype(function)
 
 
-with (
-    mock.patch.object(typing, "TYPE_CHECKING", True),  # the names of types are to be there
-    jaxtyping.install_import_hook(["encoder", "gpt2", "train"], "conftest.check_types"),
-):
-    import train  # noqa: F401 (which imports the others)
+@pytest.fixture
+def thorough(request):
+    """True in a thorough run: for tests whose amount of work depends on it."""
+    return request.config.getoption("--thorough")
 
 
 @pytest.fixture

@@ -27,10 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import openai_files
 
 import train
-import utils
+from gpt2_support import cli, files, hub, weights
+from gpt2_support.formats import crc32c, llmc, token_table
+from gpt2_support.params import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = utils.Config(n_vocab=openai_files.N_VOCAB, n_ctx=1024, n_embd=128, n_head=4, n_layer=4)
+CONFIG = Config(n_vocab=openai_files.N_VOCAB, n_ctx=1024, n_embd=128, n_head=4, n_layer=4)
 
 
 def in_process(function, *args):
@@ -60,7 +62,7 @@ def write_checkpoint(folder, seed, config=CONFIG):
 
 
 def fast_crc(data):
-    return utils.masked_crc32c(data).to_bytes(4, "little")
+    return crc32c.masked_crc32c(data).to_bytes(4, "little")
 
 
 def read_files(folder):
@@ -80,9 +82,9 @@ class Train:
     def __init__(self, folder):
         self.data, self.out, self.last_step = folder / "tokens.bin", folder / "out", 0
         rng = np.random.default_rng(0)
-        utils.save_tokens(self.data, [rng.integers(257, size=3000)], 257)
-        tokens = [bytes([byte]) for byte in utils.bytes_to_unicode()]
-        utils.save_tokenizer(folder / "tokenizer.bin", [*tokens, b"<|endoftext|>"], 256)
+        llmc.save_tokens(self.data, [rng.integers(257, size=3000)], 257)
+        tokens = [bytes([byte]) for byte in token_table.bytes_to_unicode()]
+        token_table.save_tokenizer(folder / "tokenizer.bin", [*tokens, b"<|endoftext|>"], 256)
 
     def begin(self):
         shutil.rmtree(self.out, ignore_errors=True)
@@ -107,7 +109,7 @@ class Train:
         self.last_step = run.step
         assert len(train.read_log(self.out / "log.csv")) >= run.step
         for path in self.out.rglob("model.bin"):
-            assert utils.load_params(path).config == run.params.config
+            assert llmc.load_params(path).config == run.params.config
         assert run.step == 1 or (self.out / "model.bin").exists(), "model.bin is gone"
 
     def result(self):
@@ -138,14 +140,14 @@ class Download:
         """Serve the model from another process, and expect its token files."""
         receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
         process = in_process(self.serve, send)
-        self.url, known = receive.recv(), dict(utils.TOKENIZER_SHA256)
+        self.url, known = receive.recv(), dict(hub.TOKENIZER_SHA256)
         for name in known:
-            digest = utils.file_hash(self.site / name, "sha256").hexdigest()
-            utils.TOKENIZER_SHA256[name] = digest
+            digest = files.file_hash(self.site / name, "sha256").hexdigest()
+            hub.TOKENIZER_SHA256[name] = digest
         try:
             yield
         finally:
-            utils.TOKENIZER_SHA256.update(known)
+            hub.TOKENIZER_SHA256.update(known)
             process.kill()
             process.join()
 
@@ -160,16 +162,16 @@ class Download:
 
     def work(self):
         os.environ["NO_PROXY"] = "127.0.0.1"
-        utils.download("124M", self.models, self.url)
+        hub.download("124M", self.models, self.url)
 
     def check(self):
         """Every file with its own name is whole; the model, if it is there, loads."""
         work = self.models / "124M" / ".download"
-        for name in utils.OPENAI_FILES:
+        for name in hub.OPENAI_FILES:
             if (work / name).exists():
                 assert (work / name).read_bytes() == (self.site / name).read_bytes(), name
         if (self.models / "124M" / "model.bin").exists():
-            assert utils.find_problem(self.models / "124M") is None
+            assert hub.find_problem(self.models / "124M") is None
 
     def result(self):
         return read_files(self.models)
@@ -187,7 +189,7 @@ class Convert:
         for seed, source in enumerate(self.sources):
             if not source.exists():
                 write_checkpoint(source, seed)
-            utils.convert(source, folder / f"good_{to}_{seed}", to)
+            weights.convert(source, folder / f"good_{to}_{seed}", to)
         self.good = [read_files(folder / f"good_{to}_{seed}") for seed in (0, 1)]
         shutil.copytree(folder / f"good_{to}_1", self.target)
 
@@ -195,15 +197,15 @@ class Convert:
         self.goal = next(self.goals)
 
     def work(self):
-        utils.convert(self.sources[self.goal], self.target, self.to)
+        weights.convert(self.sources[self.goal], self.target, self.to)
 
     def check(self):
         """The target is the old model or the new one, whole."""
         name = {"bin": "model.bin", "hf": "model.safetensors"}[self.to]
         found = (self.target / name).read_bytes()
         assert found in [good[name] for good in self.good], "neither the old nor the new model"
-        config, _, _ = utils.open_model(self.target)
-        assert utils.open_tokenizer(self.target, config) is not None
+        config, _, _ = weights.open_model(self.target)
+        assert weights.open_tokenizer(self.target, config) is not None
 
     def result(self):
         return read_files(self.target), self.goal
@@ -278,9 +280,9 @@ def run_job(name, n_kills, rng, folder):
 
 
 def main():
-    parser = utils.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.ArgumentParser(description=__doc__.split("\n")[0])
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.add_argument("--kills", type=utils.positive_int, default=200, help="kills in all")
+    parser.add_argument("--kills", type=cli.positive_int, default=200, help="kills in all")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     args = parser.parse_args()
     rng, total = random.Random(args.seed), 0
@@ -297,4 +299,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

@@ -22,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
+from gpt2_support import cli
 
-ROOT = Path(utils.__file__).resolve().parent
+ROOT = Path(cli.__file__).resolve().parent.parent
 SECONDS = 600  # for all tests of a mutant; more is a hang, which is noticed
 
 MODEL = [["test_gpt2.py", "-k", "not cli"], ["test_properties.py", "-k", "gradient or chunk"]]
@@ -193,10 +193,10 @@ def survives(copy, mutant):
 
 
 def main():
-    parser = utils.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=utils.positive_int, default=100, help="mutants to try")
+    parser = cli.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--n", type=cli.positive_int, default=100, help="mutants to try")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
-    parser.add_argument("--n_procs", type=utils.positive_int, default=os.cpu_count() or 1,
+    parser.add_argument("--n_procs", type=cli.positive_int, default=os.cpu_count() or 1,
                         help="to try at a time")  # fmt: skip
     parser.add_argument("--functions", default=".*", help="only these: a regular expression")
     args = parser.parse_args()
@@ -246,4 +246,4 @@ def check_copy(copy):
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

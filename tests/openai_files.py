@@ -16,7 +16,8 @@ import urllib.parse
 
 import numpy as np
 
-import utils
+from gpt2_support.formats import token_table
+from gpt2_support.params import Config, Params
 
 N_VOCAB = 260  # the bytes, three merges, end-of-text
 
@@ -123,7 +124,7 @@ def random_arrays(config, seed=0):
     """Return {name: array} of a model as OpenAI's checkpoint holds it: weights (1, in, out)."""
     rng = np.random.default_rng(seed)
     arrays = {}
-    for name, array in utils.Params(config).named.items():
+    for name, array in Params(config).named.items():
         shape = (1, *array.shape[::-1]) if name.endswith("/w") else array.shape
         arrays[name] = rng.standard_normal(shape, np.float32)
     return arrays
@@ -131,7 +132,7 @@ def random_arrays(config, seed=0):
 
 def write_tokenizer(folder):
     """Write an `encoder.json` and a `vocab.bpe` of N_VOCAB tokens."""
-    letters = list(utils.bytes_to_unicode().values())
+    letters = list(token_table.bytes_to_unicode().values())
     tokens = [*letters, "Ġt", "he", "Ġthe", "<|endoftext|>"]
     text = json.dumps({token: id for id, token in enumerate(tokens)})
     (folder / "encoder.json").write_text(text, encoding="utf-8")
@@ -140,7 +141,7 @@ def write_tokenizer(folder):
 
 def write_checkpoint(folder, config=None, arrays=None, **options):
     """Write a checkpoint in OpenAI's layout; return its config and arrays."""
-    config = config or utils.Config(N_VOCAB, n_ctx=8, n_embd=8, n_head=2, n_layer=2)
+    config = config or Config(N_VOCAB, n_ctx=8, n_embd=8, n_head=2, n_layer=2)
     arrays = arrays or random_arrays(config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "hparams.json").write_text(json.dumps(vars(config)), encoding="utf-8")

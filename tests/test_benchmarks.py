@@ -19,10 +19,11 @@ import prepare
 import report
 import run as suite
 import train
-import utils
 import worker
+from gpt2_support.formats import llmc, token_table
+from gpt2_support.params import Config, Params
 
-TINY = utils.Config(n_vocab=260, n_ctx=8, n_embd=8, n_head=2, n_layer=2)
+TINY = Config(n_vocab=260, n_ctx=8, n_embd=8, n_head=2, n_layer=2)
 
 
 def absent(party):
@@ -105,7 +106,7 @@ def test_naive_generation_agrees():
 
 def test_parameters_and_matrices_are_the_models():
     shape = items.Shape(*vars(TINY).values())
-    named = utils.Params(TINY).named
+    named = Params(TINY).named
     assert shape.n_params == sum(array.size for array in named.values())
     matrices = [array.shape for name, array in named.items() if name.endswith(("/w", "/wte"))]
     assert sorted(shape.matrices) == sorted(matrices)
@@ -340,16 +341,16 @@ def test_made_up_text_serves_without_reference_data(tmp_path):
     text = (tmp_path / "text.txt").read_text(encoding="utf-8")
     assert items.TINY.text_bytes <= len(text) < 2 * items.TINY.text_bytes
     assert 100 < len(set(text.split())) < len(text.split()) / 2
-    assert utils.EOT_TEXT in text
+    assert token_table.EOT_TEXT in text
     plain = (tmp_path / "file.txt").read_text(encoding="utf-8")
-    assert utils.EOT_TEXT not in plain
+    assert token_table.EOT_TEXT not in plain
     assert len(plain) >= items.TINY.file_bytes
     assert encoder.train(text, 260).n_vocab == 260
 
 
 def test_made_up_names_serve_without_reference_data(tmp_path):
     assert prepare.make_names(tmp_path, tmp_path / "none") == "made up"
-    tokens, n_vocab = utils.load_tokens(tmp_path / "names.bin")
+    tokens, n_vocab = llmc.load_tokens(tmp_path / "names.bin")
     assert n_vocab == 257
     assert (tokens == 256).sum() == 30_000
 
@@ -412,7 +413,7 @@ def test_threads_are_divided_so_that_they_fit():
     sys.modules.pop("ours", None)
     import ours
 
-    config = utils.Config()
+    config = Config()
     job = SimpleNamespace(B=6, T=1024, threads=1)
     assert ours.settings(job, config).threads == 1
     job.threads = 4

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import encoder
-import utils
+from gpt2_support.formats import llmc, token_table
 
 EOT = "<|endoftext|>"
 TEXT = """It was the best of times, it was the worst of times; it wasn't only the winter's tale.
@@ -57,7 +57,7 @@ def naive_encode(enc, text):
 
 def naive_train(text, n_vocab):
     """Count all pairs anew for each merge; return the tokens and every piece's own parts."""
-    tokens = [bytes([byte]) for byte in utils.bytes_to_unicode()]
+    tokens = [bytes([byte]) for byte in token_table.bytes_to_unicode()]
     pieces = Counter(p for part in text.split(EOT) for p in regex.findall(GPT2_PATTERN, part))
     words = {p: [tokens.index(bytes([byte])) for byte in p.encode()] for p in pieces}
     while len(tokens) < n_vocab - 1:
@@ -148,7 +148,7 @@ def test_merge_equals_naive_bpe_for_any_table(longer, piece):
 
 
 def test_merge_worked_example_of_the_docstring():
-    ids = {bytes([b]): i for i, b in enumerate(utils.bytes_to_unicode())}
+    ids = {bytes([b]): i for i, b in enumerate(token_table.bytes_to_unicode())}
     ids |= {b"he": 256, b"th": 257, b"the": 258}
     assert encoder.merge(b"theme", ids) == [258, 76, 68]
 
@@ -379,7 +379,7 @@ def with_eot(enc, documents):
 def encoded(enc, path, docs="eot", **kwargs):
     out = path.with_name("out.bin")
     n_tokens, n_docs, n_bytes = encoder.encode_files(enc, [path], out, docs, **kwargs)
-    ids, n_vocab = utils.load_tokens(out)
+    ids, n_vocab = llmc.load_tokens(out)
     assert n_vocab == enc.n_vocab and n_tokens == len(ids) and n_bytes == path.stat().st_size
     assert ids.tolist().count(enc.eot) == n_docs
     return ids.tolist()
@@ -417,13 +417,13 @@ def test_encode_files_by_file(enc, write, tmp_path):
     assert encoded(enc, write(DOCUMENTS), "file") == with_eot(enc, [DOCUMENTS])
     paths = [write("one"), write("", "empty.txt"), write("two", "two.txt")]
     encoder.encode_files(enc, paths, tmp_path / "out.bin", "file")
-    assert utils.load_tokens(tmp_path / "out.bin")[0].tolist() == with_eot(enc, ["one", "two"])
+    assert llmc.load_tokens(tmp_path / "out.bin")[0].tolist() == with_eot(enc, ["one", "two"])
 
 
 def test_encode_files_end_a_document_in_every_mode(enc, write, tmp_path):
     paths = [write("one\n"), write(f"two\n{EOT}\nthree", "two.txt"), write("four", "four.txt")]
     encoder.encode_files(enc, paths, tmp_path / "out.bin")
-    ids = utils.load_tokens(tmp_path / "out.bin")[0].tolist()
+    ids = llmc.load_tokens(tmp_path / "out.bin")[0].tolist()
     assert ids == with_eot(enc, ["one\n", "two\n", "three", "four"])
 
 
@@ -485,7 +485,7 @@ def save_json(
     folder, tokens, merges, names=("vocab.json", "merges.txt"), version="#version: 0.2\n"
 ):
     """Write a table as OpenAI and Hugging Face do; return the path of the vocabulary."""
-    alphabet = utils.bytes_to_unicode()
+    alphabet = token_table.bytes_to_unicode()
     texts = ["".join(alphabet[byte] for byte in token) for token in tokens]
     folder.mkdir(exist_ok=True)
     vocab = json.dumps({text: id for id, text in enumerate(texts)})
@@ -497,7 +497,7 @@ def save_json(
 
 def hugging_face(tokens, eot, merges, lists=False):
     """The content of a tokenizer.json."""
-    alphabet = utils.bytes_to_unicode()
+    alphabet = token_table.bytes_to_unicode()
     text = {token: "".join(alphabet[byte] for byte in token) for token in tokens}
     pairs = [[text[left], text[right]] for left, right in merges]
     added = [{"id": eot, "content": EOT, "special": True}]
@@ -521,11 +521,11 @@ def hugging_face(tokens, eot, merges, lists=False):
 
 @pytest.fixture
 def table(enc):
-    return enc.tokens, enc.eot, utils.recover_merges(enc.tokens, enc.eot)
+    return enc.tokens, enc.eot, token_table.recover_merges(enc.tokens, enc.eot)
 
 
 def test_alphabet_is_gpt2s():
-    alphabet = utils.bytes_to_unicode()
+    alphabet = token_table.bytes_to_unicode()
     assert len(set(alphabet.values())) == len(alphabet) == 256
     assert alphabet[ord(" ")] == "Ġ" and alphabet[ord("\n")] == "Ċ" and alphabet[0] == "Ā"
     assert alphabet[0x7F] == "ġ" and alphabet[0xA0] == "ł" and alphabet[0xAD] == "Ń"
@@ -548,7 +548,7 @@ def test_save_and_load_tokenizer(enc, tmp_path):
     again = encoder.load(tmp_path / "tokenizer.bin")
     assert (again.tokens, again.eot, again.n_vocab) == (enc.tokens, enc.eot, 400)
     encoder.Encoder(enc.tokens[:-1]).save(tmp_path / "tokenizer.bin")
-    assert utils.load_tokenizer(tmp_path) == (enc.tokens[:-1], None)
+    assert token_table.load_tokenizer(tmp_path) == (enc.tokens[:-1], None)
 
 
 @pytest.mark.parametrize("has_eot", [True, False])
@@ -557,15 +557,18 @@ def test_tokenizer_bin_version_1_knows_end_of_text_by_name(enc, tmp_path, has_eo
     path = tmp_path / "old.bin"
     body = b"".join(bytes([len(token)]) + token for token in tokens)
     path.write_bytes(struct.pack("<256i", 20240328, 1, len(tokens), *[0] * 253) + body)
-    assert utils.load_tokenizer(path) == (tokens, 399 if has_eot else None)
+    assert token_table.load_tokenizer(path) == (tokens, 399 if has_eot else None)
 
 
 def test_end_of_text_is_no_merge_even_if_its_parts_are_tokens(enc, tmp_path):
     first = encoder.Encoder([b"zq", *enc.tokens[:-1]], eot=0)
     first.save(tmp_path / "tokenizer.bin")
-    assert utils.load_tokenizer(tmp_path) == (first.tokens, 0)
+    assert token_table.load_tokenizer(tmp_path) == (first.tokens, 0)
     last = [*enc.tokens[:-1], b"zq"]
-    assert utils.recover_merges(last, None) == [*utils.recover_merges(last, 399), (b"z", b"q")]
+    assert token_table.recover_merges(last, None) == [
+        *token_table.recover_merges(last, 399),
+        (b"z", b"q"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -580,7 +583,7 @@ def test_tokenizer_bin_of_another_size_is_refused(enc, tmp_path, cut, added, cou
     content[8:12] = struct.pack("<i", count)
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"header counts {count} tokens, found (399|40)"):
-        utils.load_tokenizer(path)
+        token_table.load_tokenizer(path)
 
 
 @pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
@@ -590,23 +593,23 @@ def test_vocabulary_and_merges_load(table, tmp_path, names, version):
     if "\r" in version:
         merges = path.with_name(names[1])
         merges.write_bytes(merges.read_bytes().replace(b"\r", b"").replace(b"\n", b"\r\n"))
-    assert utils.load_tokenizer(path) == utils.load_tokenizer(tmp_path) == table[:2]
+    assert token_table.load_tokenizer(path) == token_table.load_tokenizer(tmp_path) == table[:2]
 
 
 @pytest.mark.parametrize("lists", [True, False])
 def test_hugging_face_tokenizer_loads(table, tmp_path, lists):
     data = hugging_face(*table, lists)
     (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
-    assert utils.load_tokenizer(tmp_path) == table[:2]
+    assert token_table.load_tokenizer(tmp_path) == table[:2]
     del data["model"]["type"], data["model"]["dropout"], data["post_processor"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
-    assert utils.load_tokenizer(tmp_path / "tokenizer.json") == table[:2]
+    assert token_table.load_tokenizer(tmp_path / "tokenizer.json") == table[:2]
 
 
 def test_hugging_face_special_tokens_may_come_first_and_be_many(enc, tmp_path):
     special = [EOT, "<s>", "<pad>", "two words", "日本"]
     tokens = [text.encode() for text in special] + enc.tokens[:-1]
-    data = hugging_face(tokens[5:], None, utils.recover_merges(enc.tokens, enc.eot))
+    data = hugging_face(tokens[5:], None, token_table.recover_merges(enc.tokens, enc.eot))
     vocab = {text: id + 5 for text, id in data["model"]["vocab"].items()}
     data["model"]["vocab"] = vocab | {EOT: 0, "<s>": 1, "<pad>": 2, "two words": 3}
     data["added_tokens"] = [{"id": id, "content": text} for id, text in enumerate(special)]
@@ -620,13 +623,13 @@ def test_folder_prefers_tokenizer_bin_then_whole_pairs(enc, table, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(hugging_face(*table)), encoding="utf-8")
     save_json(tmp_path, table[0], table[2])
     (tmp_path / "merges.txt").unlink()
-    assert utils.find_tokenizer(tmp_path).name == "tokenizer.json"
+    assert token_table.find_tokenizer(tmp_path).name == "tokenizer.json"
     save_json(tmp_path, table[0], table[2], ("encoder.json", "vocab.bpe"))
-    assert utils.find_tokenizer(tmp_path).name == "encoder.json"
+    assert token_table.find_tokenizer(tmp_path).name == "encoder.json"
     save_json(tmp_path, table[0], table[2])
-    assert utils.find_tokenizer(tmp_path).name == "vocab.json"
+    assert token_table.find_tokenizer(tmp_path).name == "vocab.json"
     enc.save(tmp_path / "tokenizer.bin")
-    assert utils.find_tokenizer(tmp_path).name == "tokenizer.bin"
+    assert token_table.find_tokenizer(tmp_path).name == "tokenizer.bin"
 
 
 @pytest.mark.parametrize(
@@ -670,7 +673,7 @@ def test_hugging_face_tokenizer_of_another_kind_is_refused(table, tmp_path, wher
     path.write_text(json.dumps(data), encoding="utf-8")
     named = {"merges": "merge", "added_tokens": "added_tokens|endoftext"}.get(name, name)
     with pytest.raises(ValueError, match=rf"tokenizer\.json: .*({named})") as error:
-        utils.load_tokenizer(path)
+        token_table.load_tokenizer(path)
     assert "\n" not in str(error.value)
 
 
@@ -681,17 +684,17 @@ def test_ids_that_are_not_in_merge_order_are_refused(table, tmp_path):
     swapped[256], swapped[first] = swapped[first], swapped[256]
     path = save_json(tmp_path, swapped, merges)
     with pytest.raises(ValueError, match=r"vocab\.json: .*order of the merges"):
-        utils.load_tokenizer(path)
-    utils.save_tokenizer(tmp_path / "tokenizer.bin", swapped, eot)
+        token_table.load_tokenizer(path)
+    token_table.save_tokenizer(tmp_path / "tokenizer.bin", swapped, eot)
     with pytest.raises(ValueError, match=r"tokenizer\.bin: .*order of the merges"):
-        utils.load_tokenizer(tmp_path)
+        token_table.load_tokenizer(tmp_path)
 
 
 def test_merges_that_are_not_the_ids_are_refused(table, tmp_path):
     tokens, _, merges = table
     for wrong in (merges[:-1], merges[::-1], [*merges, merges[0]], [*merges, (b"q", b"z")]):
         with pytest.raises(ValueError, match=r"merge \d+ is .* would be"):
-            utils.load_tokenizer(save_json(tmp_path, tokens, wrong))
+            token_table.load_tokenizer(save_json(tmp_path, tokens, wrong))
 
 
 @pytest.mark.parametrize(
@@ -704,9 +707,9 @@ def test_merges_that_are_not_the_ids_are_refused(table, tmp_path):
     ],
 )
 def test_incomplete_tables_are_refused(enc, tmp_path, change, problem):
-    utils.save_tokenizer(tmp_path / "tokenizer.bin", change(enc.tokens), 399)
+    token_table.save_tokenizer(tmp_path / "tokenizer.bin", change(enc.tokens), 399)
     with pytest.raises(ValueError, match=rf"tokenizer\.bin: .*{problem}"):
-        utils.load_tokenizer(tmp_path)
+        token_table.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("id", [5.0, True, "5", None, [5], -1, 4, 400, 10**30])
@@ -716,7 +719,7 @@ def test_vocabulary_with_bad_ids_is_refused(table, tmp_path, id):
     data["&"] = id  # was 5
     path.write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(ValueError, match=r"vocab\.json: token b'.*' has id"):
-        utils.load_tokenizer(path)
+        token_table.load_tokenizer(path)
 
 
 @pytest.mark.parametrize(
@@ -727,7 +730,7 @@ def test_json_that_is_no_table_is_refused(tmp_path, content):
     for name in ("vocab.json", "tokenizer.json"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name) as error:
-            utils.load_tokenizer(tmp_path / name)
+            token_table.load_tokenizer(tmp_path / name)
         assert "\n" not in str(error.value)
 
 
@@ -736,18 +739,18 @@ def test_merges_that_are_no_pairs_are_refused(table, tmp_path, content):
     path = save_json(tmp_path, table[0], table[2])
     path.with_name("merges.txt").write_bytes(content)
     with pytest.raises(ValueError, match=r"merges\.txt|vocab\.json"):
-        utils.load_tokenizer(path)
+        token_table.load_tokenizer(path)
 
 
 def test_missing_tokenizers_are_named(table, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.bin"):
-        utils.load_tokenizer(tmp_path / "nothing.bin")
+        token_table.load_tokenizer(tmp_path / "nothing.bin")
     with pytest.raises(FileNotFoundError, match=r"no token table in this folder"):
-        utils.load_tokenizer(tmp_path)
+        token_table.load_tokenizer(tmp_path)
     save_json(tmp_path, table[0], table[2])
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"merges\.txt: not found, and vocab\.json"):
-        utils.load_tokenizer(tmp_path / "vocab.json")
+        token_table.load_tokenizer(tmp_path / "vocab.json")
     with pytest.raises(FileNotFoundError, match="999M"):
         encoder.load("999M", models_dir=tmp_path)
 
@@ -764,14 +767,14 @@ def test_load_finds_models_by_name(enc, tmp_path):
 @settings(max_examples=300, deadline=None)
 def test_damaged_tokenizer_bin_is_a_table_or_a_value_error(tmp_path_factory, enc, data):
     path = tmp_path_factory.getbasetemp() / "damaged.bin"
-    utils.save_tokenizer(path, enc.tokens, enc.eot)
+    token_table.save_tokenizer(path, enc.tokens, enc.eot)
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(0, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.sampled_from([None, -1, -2, 0, 4, 1023, 1024, 1500]))]
     path.write_bytes(content + data.draw(st.sampled_from([b"", b"\0", b"\1a"])))
     try:
-        tokens, eot = utils.load_tokenizer(path)
+        tokens, eot = token_table.load_tokenizer(path)
     except ValueError as error:
         assert str(path) in str(error) and "\n" not in str(error)
     else:
@@ -791,7 +794,7 @@ def test_commands_train_and_encode(run, write, tmp_path):
     assert enc.tokens == encoder.train([TEXT, TEXT], 300).tokens
     done = run("encoder.py", "encode", text, "--tokenizer", table, "--out", out, "--docs", "lines")
     assert (done.returncode, done.stdout) == (0, "")
-    ids, n_vocab = utils.load_tokens(out)
+    ids, n_vocab = llmc.load_tokens(out)
     lines = [line for line in TEXT.split("\n") if line]
     assert n_vocab == 300 and ids.tolist() == with_eot(enc, lines)
     summary = done.stderr.splitlines()[-1]
@@ -848,14 +851,14 @@ def gpt2(gpt2_path):
 def test_gpt2_table_is_the_same_in_every_format(gpt2, gpt2_path):
     assert encoder.load(gpt2_path).tokens == gpt2.tokens
     assert (gpt2.n_vocab, gpt2.eot) == (50257, 50256)
-    assert gpt2.tokens[:256] == [bytes([byte]) for byte in utils.bytes_to_unicode()]
+    assert gpt2.tokens[:256] == [bytes([byte]) for byte in token_table.bytes_to_unicode()]
 
 
 def test_gpt2_merges_are_recovered_from_its_ids(gpt2, gpt2_path):
     lines = (gpt2_path / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
-    merges = [tuple(utils.token_bytes("", part) for part in line.split()) for line in lines]
+    merges = [tuple(token_table.token_bytes("", part) for part in line.split()) for line in lines]
     assert len(merges) == 50000
-    assert utils.recover_merges(gpt2.tokens, gpt2.eot) == merges
+    assert token_table.recover_merges(gpt2.tokens, gpt2.eot) == merges
 
 
 def test_gpt2_ids_are_those_of_the_reference(gpt2, shared):

@@ -19,13 +19,15 @@ import pytest
 
 import encoder
 import train
-import utils
+from gpt2_support import files, hub, weights
+from gpt2_support.formats import llmc, token_table
+from gpt2_support.params import Config
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork"),
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
 ]
-TINY = utils.Config(n_vocab=openai_files.N_VOCAB, n_ctx=64, n_embd=16, n_head=2, n_layer=2)
+TINY = Config(n_vocab=openai_files.N_VOCAB, n_ctx=64, n_embd=16, n_head=2, n_layer=2)
 DATA = "model.ckpt.data-00000-of-00001"
 
 
@@ -55,20 +57,21 @@ def test_temporary_file_of_a_dead_process_goes_and_that_of_a_living_one_stays(tm
     other.touch()
     living = tmp_path / "model[1].bin.98.tmp"
     code = (
-        "import sys, utils\n"
+        "import sys\n"
+        "from gpt2_support import files\n"
         "file = open(sys.argv[1], 'wb')\n"
-        "assert utils.try_lock(file)\n"
+        "assert files.try_lock(file)\n"
         "print('ready', flush=True)\n"
         "sys.stdin.read()\n"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code, living], cwd=faults.ROOT, **pipes) as writer:
         assert writer.stdout.readline() == b"ready\n"
-        with utils.atomic_write(tmp_path / "model[1].bin") as file:
+        with files.atomic_write(tmp_path / "model[1].bin") as file:
             file.write(b"x")
         assert not dead.exists() and other.exists() and living.exists()
         writer.kill()
-    with utils.atomic_write(tmp_path / "model[1].bin") as file:
+    with files.atomic_write(tmp_path / "model[1].bin") as file:
         file.write(b"y")
     assert not living.exists() and other.exists()
     assert (tmp_path / "model[1].bin").read_bytes() == b"y"
@@ -123,15 +126,15 @@ def jobs(tmp_path):
     """{name: (function, the folder it writes)} of everything that writes files."""
     openai_files.write_checkpoint(tmp_path / "source", TINY)
     (tmp_path / "text.txt").write_text("some text to encode, and more of it. " * 300)
-    enc = encoder.Encoder(*utils.load_tokenizer(tmp_path / "source"))
+    enc = encoder.Encoder(*token_table.load_tokenizer(tmp_path / "source"))
     run, out = tiny_run(), tmp_path / "out"
     text = [tmp_path / "text.txt"]
     return {
-        "model": (lambda: utils.save_params(out / "model.bin", run.params), out),
+        "model": (lambda: llmc.save_params(out / "model.bin", run.params), out),
         "tokenizer": (lambda: enc.save(out / "tokenizer.bin"), out),
         "tokens": (lambda: encoder.encode_files(enc, text, out / "x.bin"), out),
-        "convert": (lambda: utils.convert(tmp_path / "source", out), out),
-        "convert to hf": (lambda: utils.convert(tmp_path / "source", out, "hf"), out),
+        "convert": (lambda: weights.convert(tmp_path / "source", out), out),
+        "convert to hf": (lambda: weights.convert(tmp_path / "source", out, "hf"), out),
         "checkpoint": (lambda: train.save_checkpoint(out, run), out),
     }
 
@@ -212,9 +215,9 @@ def site(tmp_path, monkeypatch):
     """A server of a small model as 124M, whose token files are the expected ones."""
     folder = tmp_path / "site" / "124M"
     openai_files.write_checkpoint(folder, TINY)
-    for name in utils.TOKENIZER_SHA256:
-        digest = utils.file_hash(folder / name, "sha256").hexdigest()
-        monkeypatch.setitem(utils.TOKENIZER_SHA256, name, digest)
+    for name in hub.TOKENIZER_SHA256:
+        digest = files.file_hash(folder / name, "sha256").hexdigest()
+        monkeypatch.setitem(hub.TOKENIZER_SHA256, name, digest)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with openai_files.serve(folder.parent) as server:
         yield server
@@ -222,7 +225,7 @@ def site(tmp_path, monkeypatch):
 
 def test_full_disk_stops_a_download_which_then_goes_on(site, tmp_path):
     def download():
-        utils.download("124M", tmp_path / "models", site.url)
+        hub.download("124M", tmp_path / "models", site.url)
 
     for size in (0, 10, 2000, 9000):
         error = outcome(download, lambda size=size: limit_files(size))
@@ -238,28 +241,28 @@ def test_full_disk_stops_a_download_which_then_goes_on(site, tmp_path):
 
 def test_failed_first_download_leaves_nothing(tmp_path):
     with pytest.raises(ConnectionError):
-        utils.download("124M", tmp_path, "http://127.0.0.1:1", pause=lambda seconds: None)
+        hub.download("124M", tmp_path, "http://127.0.0.1:1", pause=lambda seconds: None)
     assert not list(tmp_path.iterdir())
 
 
 def test_download_killed_before_it_removed_its_lock_is_cleaned_up(site, tmp_path):
-    utils.download("124M", tmp_path / "models", site.url)
+    hub.download("124M", tmp_path / "models", site.url)
     (tmp_path / "models" / ".124M.lock").touch()
-    utils.download("124M", tmp_path / "models", site.url)
+    hub.download("124M", tmp_path / "models", site.url)
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["124M"]
-    assert len(site.log) == len(utils.OPENAI_FILES)
+    assert len(site.log) == len(hub.OPENAI_FILES)
 
 
 def test_busy_server_is_given_the_time_it_asks_for(site, tmp_path):
     site.faults["encoder.json"] = ["busy", "busy", 429]
     pauses = []
-    utils.download("124M", tmp_path / "models", site.url, pause=pauses.append)
+    hub.download("124M", tmp_path / "models", site.url, pause=pauses.append)
     assert pauses == [7, 7, 4]
 
 
 def download_in(models, url):
     """Download in another process; return its error, "" if there was none."""
-    return outcome(lambda: utils.download("124M", models, url))
+    return outcome(lambda: hub.download("124M", models, url))
 
 
 @pytest.mark.parametrize("n", [2, 5])
@@ -267,28 +270,28 @@ def test_several_processes_downloading_at_once_all_succeed(site, tmp_path, n):
     site.delay = 0.01
     models = tmp_path / "models"
     processes = [
-        faults.in_process(lambda: utils.download("124M", models, site.url)) for _ in range(n)
+        faults.in_process(lambda: hub.download("124M", models, site.url)) for _ in range(n)
     ]
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * n
-    assert len(site.log) == len(utils.OPENAI_FILES), "a file was fetched twice"
+    assert len(site.log) == len(hub.OPENAI_FILES), "a file was fetched twice"
     names = [path.name for path in models.rglob("*")]
     assert sorted(names) == ["124M", "model.bin", "tokenizer.bin"]
     for name, array in openai_files.random_arrays(TINY).items():
-        found = utils.load_params(models / "124M").named[name]
+        found = llmc.load_params(models / "124M").named[name]
         np.testing.assert_array_equal(found, array[0].T if name.endswith("/w") else array)
 
 
 def test_process_that_waited_for_one_that_failed_downloads_itself(site, tmp_path):
     site.faults["encoder.json"] = ["hang", 404]  # the first is killed while it hangs
     models = tmp_path / "models"
-    first = faults.in_process(lambda: utils.download("124M", models, site.url))
+    first = faults.in_process(lambda: hub.download("124M", models, site.url))
     for _ in range(1000):
         if site.log:
             break
         first.join(0.01)
-    others = [faults.in_process(lambda: utils.download("124M", models, site.url)) for _ in range(3)]
+    others = [faults.in_process(lambda: hub.download("124M", models, site.url)) for _ in range(3)]
     first.join(0.5)
     assert all(other.exitcode is None for other in others), "they did not wait"
     first.kill()
@@ -319,10 +322,10 @@ def read_only():
 def test_read_only_models_folder_is_a_clear_error(site, read_only):
     folder, become_another = read_only
     jobs = [
-        (lambda: utils.download("124M", folder, site.url), ".124M.lock"),
-        (lambda: utils.download("124M", folder / "models", site.url), "models"),
-        (lambda: utils.convert(site.root / "124M", folder / "new"), "new"),
-        (lambda: utils.save_params(folder / "model.bin", tiny_run().params), "model.bin"),
+        (lambda: hub.download("124M", folder, site.url), ".124M.lock"),
+        (lambda: hub.download("124M", folder / "models", site.url), "models"),
+        (lambda: weights.convert(site.root / "124M", folder / "new"), "new"),
+        (lambda: llmc.save_params(folder / "model.bin", tiny_run().params), "model.bin"),
         (lambda: train.save_checkpoint(folder, tiny_run()), "state.npz"),
     ]
     for path in (site.root, *site.root.parents):  # pytest's own folders are for their owner alone
@@ -341,11 +344,11 @@ def test_read_only_model_is_used(read_only, tmp_path):
     folder, become_another = read_only
     openai_files.write_checkpoint(tmp_path / "source", TINY)
     folder.chmod(0o755)
-    utils.convert(tmp_path / "source", folder / "124M")
+    weights.convert(tmp_path / "source", folder / "124M")
 
     def use():
-        assert utils.download("124M", folder) == folder / "124M"
-        assert utils.load_params(utils.find_model("gpt2", folder)).config == TINY
+        assert hub.download("124M", folder) == folder / "124M"
+        assert llmc.load_params(hub.find_model("gpt2", folder)).config == TINY
         assert encoder.load("124M", folder).n_vocab == TINY.n_vocab
 
     assert outcome(use, become_another) == ""

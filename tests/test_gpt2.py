@@ -24,12 +24,14 @@ from hypothesis import strategies as st
 
 import encoder
 import gpt2
-import utils
+from gpt2_support import blas, hub, weights
+from gpt2_support.formats import llmc, token_table
+from gpt2_support.params import Config, Params, n_params
 
 pytestmark = pytest.mark.filterwarnings("error")  # an overflow or an invalid value is a failure
 
-CONFIG = utils.Config(n_vocab=61, n_ctx=16, n_embd=12, n_head=3, n_layer=2)
-MINI = utils.Config(n_vocab=7, n_ctx=5, n_embd=4, n_head=2, n_layer=2)  # for numeric gradients
+CONFIG = Config(n_vocab=61, n_ctx=16, n_embd=12, n_head=3, n_layer=2)
+MINI = Config(n_vocab=7, n_ctx=5, n_embd=4, n_head=2, n_layer=2)  # for numeric gradients
 
 EPS = {np.float32: 1e-5, np.float64: 1e-12}  # how far two orders of the same sums may differ
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
@@ -38,7 +40,7 @@ PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 def random_params(config=CONFIG, dtype=np.float64, seed=0, scale=0.3):
     """Params far from any symmetry: N(0, scale), gains around 1, the padding zero."""
     rng = np.random.default_rng(seed)
-    params = utils.Params(config, np.zeros(utils.n_params(config), dtype))
+    params = Params(config, np.zeros(n_params(config), dtype))
     for name, array in params.named.items():
         array[...] = name.endswith("/g") + scale * rng.standard_normal(array.shape)
     return params
@@ -100,7 +102,7 @@ def check_backward(forward, backward, inputs, params=None, under="nothing"):
             assert dx.shape == x.shape
             assert_gradient(dx, numeric_gradient(loss, x))
     if params:
-        before = utils.Params(params.config, before)
+        before = Params(params.config, before)
         for name, array in params.named.items():
             change = grads.named[name] - before.named[name]
             if name.startswith(under):
@@ -208,10 +210,10 @@ def test_attend_in_threads_gives_the_same_bits(monkeypatch, n_threads):
         names.add(threading.current_thread().name)
         return softmax(scores)
 
-    monkeypatch.setattr(utils, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(blas, "WORTH_A_THREAD", 1)
     monkeypatch.setattr(gpt2, "softmax", softmax)
-    monkeypatch.setattr(utils, "blas_threads", lambda: n_threads)
-    monkeypatch.setattr(utils, "one_blas_thread", one_blas_thread)
+    monkeypatch.setattr(blas, "get_threads", lambda: n_threads)
+    monkeypatch.setattr(blas, "one_thread", one_blas_thread)
     out, cache = gpt2.attend(q, k, v, positions)
     for found, same in zip([out, *gpt2.attend_backward(dout, cache)], expected, strict=True):
         np.testing.assert_array_equal(found, same)
@@ -224,9 +226,9 @@ def test_attend_in_threads_gives_the_same_bits(monkeypatch, n_threads):
 @pytest.mark.parametrize("n_out", [1, 5, 64, 301])
 def test_a_product_of_few_rows_is_the_product(monkeypatch, n_threads, n_rows, n_out):
     monkeypatch.setattr(gpt2, "STACK", 40 * n_rows * 6)  # 6 rows of w
-    monkeypatch.setattr(utils, "WORTH_A_THREAD", 1)
-    monkeypatch.setattr(utils, "small_kernels", lambda: True)
-    monkeypatch.setattr(utils, "blas_threads", lambda: n_threads)
+    monkeypatch.setattr(blas, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(blas, "has_small_kernels", lambda: True)
+    monkeypatch.setattr(blas, "get_threads", lambda: n_threads)
     x, w = normal(n_rows, 40), normal(n_out, 40, seed=3)
     found = gpt2.times(x, w)
     assert found.flags.c_contiguous
@@ -239,9 +241,9 @@ def test_a_product_of_few_rows_is_the_product(monkeypatch, n_threads, n_rows, n_
 def test_few_rows_are_taken_apart_only_for_kernels_that_are_made_for_it(monkeypatch):
     x, w = normal(4, 8), normal(16, 8)
     stacks = []
-    monkeypatch.setattr(utils, "in_threads", lambda function, n, work: stacks.append(n))
+    monkeypatch.setattr(blas, "parallel_for", lambda function, n, work: stacks.append(n))
     for kernels, expected in (("Haswell", []), ("unknown", []), ("SkylakeX", [1])):
-        monkeypatch.setattr(utils, "blas_kernels", lambda kernels=kernels: kernels)
+        monkeypatch.setattr(blas, "kernels", lambda kernels=kernels: kernels)
         gpt2.times(x, w)
         assert len(stacks) == len(expected)
 
@@ -308,7 +310,7 @@ def test_head_gradient_is_numeric_over_blocks_of_rows(targets, head_rows, monkey
     assert not losses[targets == -1].any()
     assert math.isclose(losses.sum() / n_counted, loss(), rel_tol=1e-15)
     assert_gradient(dx, numeric_gradient(loss, x))
-    change = utils.Params(MINI, grads.flat - before)
+    change = Params(MINI, grads.flat - before)
     assert_gradient(change.wte, numeric_gradient(loss, params.wte))
     assert not change.flat[128 * 4 :].any()
 
@@ -381,7 +383,7 @@ def test_backward_leaves_parameters_and_arguments_as_they_were():
 
 def test_grads_accumulate_over_batches():
     params, tokens, targets = random_params(), random_tokens(2, 9), random_tokens(2, 9, seed=5)
-    total = utils.Params(CONFIG, np.zeros_like(params.flat))
+    total = Params(CONFIG, np.zeros_like(params.flat))
     parts = []
     for tokens_b, targets_b in zip(tokens, targets, strict=True):
         loss, found = gpt2.loss_and_grads(params, tokens_b, targets_b, grads=total)
@@ -475,7 +477,7 @@ def test_forward_of_a_batch_equals_a_naive_transformer_row_by_row():
 def test_forward_in_float32_is_within_rounding_of_float64():
     tokens = random_tokens(2, 16)
     params = random_params(dtype=np.float32)
-    exact = gpt2.forward(utils.Params(CONFIG, params.flat.astype(np.float64)), tokens)
+    exact = gpt2.forward(Params(CONFIG, params.flat.astype(np.float64)), tokens)
     assert np.abs(exact).max() > 1
     np.testing.assert_allclose(gpt2.forward(params, tokens), exact, rtol=0, atol=1e-5)
 
@@ -1280,7 +1282,7 @@ def test_generate_penalises_the_whole_history():
 @pytest.mark.parametrize("n_ctx", [1, 2, 3, 4, 5, 16])
 @pytest.mark.parametrize("n_prompt", [1, 2, 15, 16])
 def test_generate_past_n_ctx_goes_on_from_the_last_half_of_the_window(n_ctx, n_prompt):
-    params = random_params(utils.Config(61, n_ctx, 12, 3, 2))
+    params = random_params(Config(61, n_ctx, 12, 3, 2))
     prompt = random_tokens(min(n_prompt, n_ctx)).tolist()
     expected = reference_generate(params, prompt, 45)
     assert list(gpt2.generate(params, prompt, 45, eot=None)) == expected
@@ -1471,8 +1473,8 @@ def test_overlap_is_the_longest_end_that_begins_the_stop(text, stop, n):
 
 def save_model(folder, params, tokens=TOKENS, eot=EOT):
     folder.mkdir(parents=True, exist_ok=True)
-    utils.save_params(folder / "model.bin", params)
-    utils.save_tokenizer(folder / "tokenizer.bin", tokens, eot)
+    llmc.save_params(folder / "model.bin", params)
+    token_table.save_tokenizer(folder / "tokenizer.bin", tokens, eot)
     return folder
 
 
@@ -1482,7 +1484,7 @@ def script_model(folder, script, n_ctx=64):
     The branches add nothing, and the position's embedding, which is that of the token to come,
     outweighs the token's own.
     """
-    params = utils.Params(utils.Config(len(TOKENS), n_ctx, 64, 2, 1))
+    params = Params(Config(len(TOKENS), n_ctx, 64, 2, 1))
     wte = normal(len(TOKENS), 64)
     wte -= wte.mean(-1, keepdims=True)
     params.wte[:] = 10 * wte / np.linalg.norm(wte, axis=-1, keepdims=True)
@@ -1495,7 +1497,7 @@ def script_model(folder, script, n_ctx=64):
 @pytest.fixture
 def random_model(tmp_path):
     """The folder of a model that makes noise."""
-    params = random_params(utils.Config(260, 32, 12, 3, 2), np.float32, scale=0.5)
+    params = random_params(Config(260, 32, 12, 3, 2), np.float32, scale=0.5)
     return save_model(tmp_path / "noise", params)
 
 
@@ -1892,10 +1894,10 @@ def test_load_refuses_an_unknown_name(tmp_path):
 def golden(path, dtype):
     """Return the reference file, its parameters and its gradients, in a dtype."""
     file = np.load(path)
-    config = utils.Config(**json.loads(str(file["config"])))
+    config = Config(**json.loads(str(file["config"])))
     both = []
     for kind in ("param", "grad"):
-        both.append(utils.Params(config, np.zeros(utils.n_params(config), dtype)))
+        both.append(Params(config, np.zeros(n_params(config), dtype)))
         for name, array in both[-1].named.items():
             value = file[f"{kind}:{name}"]
             array[...] = value.T if name.endswith("/w") else value
@@ -1925,9 +1927,9 @@ def test_golden_loss_and_gradients_of_pytorch(shared, dtype, tolerance):
 
 
 def test_golden_debug_state_of_llmc(shared):
-    params = utils.load_params(shared("golden/llmc_tiny.bin"))
+    params = llmc.load_params(shared("golden/llmc_tiny.bin"))
     path, config = shared("golden/llmc_tiny_debug_state.bin"), params.config
-    _, _, B, T, *_ = utils.read_header(path, utils.STATE_MAGIC, (2,))
+    _, _, B, T, *_ = llmc.read_header(path, llmc.STATE_MAGIC, (2,))
     ids = np.fromfile(path, "<i4", 2 * B * T, offset=1024).reshape(2, B, T)
     values = np.fromfile(path, "<f4", offset=1024 + ids.nbytes)
     logits, loss, flat = np.split(values, [B * T * config.n_vocab, B * T * config.n_vocab + 1])
@@ -1935,12 +1937,12 @@ def test_golden_debug_state_of_llmc(shared):
     np.testing.assert_allclose(found, logits.reshape(found.shape), rtol=0, atol=2e-5)
     found, grads = gpt2.loss_and_grads(params, ids[0], ids[1])
     assert math.isclose(found, loss[0], rel_tol=1e-6)
-    assert_close_tensors(grads, utils.Params(config, flat), 1e-4)
+    assert_close_tensors(grads, Params(config, flat), 1e-4)
 
 
 def test_golden_logits_and_text_of_openai(shared, tmp_path):
     source = shared("openai_tiny")
-    utils.convert(source, tmp_path / "tiny")
+    weights.convert(source, tmp_path / "tiny")
     params = gpt2.load(tmp_path / "tiny")
     expected = np.load(source / "expected.npz")
     logits = gpt2.forward(params, expected["tokens"])
@@ -1955,7 +1957,7 @@ def test_golden_logits_and_text_of_openai(shared, tmp_path):
 
 def test_golden_logits_and_text_of_hugging_face(shared, tmp_path):
     source = shared("hf_tiny")
-    utils.convert(source, tmp_path / "tiny")
+    weights.convert(source, tmp_path / "tiny")
     params = gpt2.load(tmp_path / "tiny")
     expected = np.load(source / "expected.npz")
     logits = gpt2.forward(params, expected["tokens"])
@@ -1993,7 +1995,7 @@ def test_cli_interactive_goes_on_after_a_prompt_too_long(cli, cat):
 
 
 def test_generate_refuses_a_mixture_and_a_negative_count():
-    params = random_params(utils.Config(20, 8, 4, 2, 1), np.float32)
+    params = random_params(Config(20, 8, 4, 2, 1), np.float32)
     with pytest.raises(ValueError, match="neither one list of ids nor a list of such lists"):
         gpt2.generate(params, [[1], 2], 3)
     with pytest.raises(ValueError, match="n_tokens = -1 is negative"):
@@ -2040,7 +2042,7 @@ The dog was sad. Tim gave the ball to the dog. The dog was very happy. They play
 
 def test_bundled_model_knows_stories_from_noise():
     params, enc = gpt2.load("stories"), encoder.load("stories")
-    assert (utils.MODELS_DIR / "stories" / "model.bin").stat().st_size <= 16_000_000
+    assert (hub.MODELS_DIR / "stories" / "model.bin").stat().st_size <= 16_000_000
     words = STORY_FOR_THE_BUNDLED.split(" ")
     bits = []
     for text in (STORY_FOR_THE_BUNDLED, " ".join(words[::-1])):

@@ -10,6 +10,7 @@ import encoder
 import gpt2
 import train
 import utils
+from gpt2_support import cli, weights_cli
 
 COMMANDS = [
     (utils,),
@@ -22,7 +23,7 @@ COMMANDS = [
     (train,),
 ]
 PARSERS = {
-    "utils.py": lambda argv: utils.parse_args(),
+    "utils.py": lambda argv: weights_cli.parse_args(),
     "encoder.py": lambda argv: encoder.parse_args(),
     "gpt2.py": gpt2.parse_args,
     "train.py": lambda argv: train.make_parser().parse_args(argv),  # does not look at the files
@@ -56,7 +57,7 @@ def test_help_tells_what_how_and_the_exit_status(command, page):
     usage, what, *_ = page.split("\n\n")
     assert usage.startswith(f"usage: {command[0].__name__}.py")
     assert len(what) > 50
-    assert page.endswith(f"\n\n{utils.EXIT_STATUS}\n")
+    assert page.endswith(f"\n\n{cli.EXIT_STATUS}\n")
 
 
 @each_command
@@ -100,7 +101,7 @@ def test_help_groups_the_flags(command, page):
 
 def test_help_wraps_paragraphs_and_leaves_indented_lines(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
-    parser = utils.ArgumentParser(
+    parser = cli.ArgumentParser(
         prog="x",
         usage="x",
         description="one two three four five six seven eight\n\n  as   it   is",

@@ -31,9 +31,11 @@ import pytest
 
 import encoder
 import train
-import utils
+from gpt2_support import http, hub, weights
+from gpt2_support.formats import crc32c, huggingface, llmc, tensorflow, token_table
+from gpt2_support.params import Config, Params, tensors
 
-TINY = utils.Config(n_vocab=openai_files.N_VOCAB, n_ctx=8, n_embd=8, n_head=2, n_layer=2)
+TINY = Config(n_vocab=openai_files.N_VOCAB, n_ctx=8, n_embd=8, n_head=2, n_layer=2)
 TIMES = float(os.environ.get("FUZZ", 1))
 SECONDS = 20  # of computing: more than this for a small file counts as a hang
 MEMORY = 64  # bytes allowed for each byte of the files, and on top of that
@@ -233,7 +235,7 @@ def mutate_json_file(rng, data, others):
 
 
 def random_params(config=TINY):
-    params = utils.Params(config)
+    params = Params(config)
     for array in params.named.values():
         array[...] = np.random.default_rng(0).standard_normal(array.shape)
     return params
@@ -250,14 +252,14 @@ def model_files(config=TINY):
         padded = 0 if version == 1 else c.n_vocab_padded
         file = io.BytesIO()
         header = (c.n_ctx, c.n_vocab, c.n_layer, c.n_head, c.n_embd, padded)
-        utils.write_header(file, utils.MODEL_MAGIC, version, *header)
+        llmc.write_header(file, llmc.MODEL_MAGIC, version, *header)
         files.append(file.getvalue() + values.tobytes())
     return files
 
 
 def read_all(config, get):
     """Read every tensor of a model."""
-    for name, shape in utils.tensors(config):
+    for name, shape in tensors(config):
         assert get(name).shape == shape and get(name).dtype == np.float32
 
 
@@ -265,11 +267,11 @@ def test_model_file_of_any_bytes(tmp_path):
     path = tmp_path / "model.bin"
 
     def read():
-        params = utils.load_params(path)
+        params = llmc.load_params(path)
         assert params.flat.dtype == np.float32 and params.wte.shape[0] == params.config.n_vocab
-        read_all(*utils.open_bin(path))
+        read_all(*llmc.open_bin(path))
 
-    small = utils.Config(n_vocab=1, n_ctx=1, n_embd=1, n_head=1, n_layer=10)
+    small = Config(n_vocab=1, n_ctx=1, n_embd=1, n_head=1, n_layer=10)
     assert fuzz(tmp_path, path.name, model_files() + model_files(small), read)
 
 
@@ -281,7 +283,7 @@ def test_tokenizer_file_of_any_bytes(tmp_path):
     first = second[:4] + b"\1" + second[5:]
 
     def read():
-        again = encoder.Encoder(*utils.load_tokenizer(path))
+        again = encoder.Encoder(*token_table.load_tokenizer(path))
         assert again.decode(again.encode("the cat é \0")) == "the cat é \0"
 
     assert fuzz(tmp_path, path.name, [first, second], read)
@@ -291,11 +293,11 @@ def test_tokens_file_of_any_bytes(tmp_path):
     path = tmp_path / "tokens.bin"
     contents = []
     for n in (0, 1, 1000):
-        utils.save_tokens(path, [np.arange(n) % 260], 260)
+        llmc.save_tokens(path, [np.arange(n) % 260], 260)
         contents.append(path.read_bytes())
 
     def read():
-        tokens, n_vocab = utils.load_tokens(path)
+        tokens, n_vocab = llmc.load_tokens(path)
         assert tokens.dtype == np.uint16 and 0 <= n_vocab <= 65536
 
     assert fuzz(tmp_path, path.name, contents, read)
@@ -309,9 +311,9 @@ def reader(folder):
     """Return a function that reads the whole of a model's folder, which it has done once."""
 
     def read():
-        config, get, _ = utils.open_model(folder)
+        config, get, _ = weights.open_model(folder)
         read_all(config, get)
-        utils.open_tokenizer(folder, config)
+        weights.open_tokenizer(folder, config)
 
     read()
     return read
@@ -340,7 +342,7 @@ def test_openai_index_of_any_entries_with_right_checksums(openai, monkeypatch):
     """Awkward numbers in every field, which the blocks' CRC32C alone would have kept out."""
     folder, read = openai
     monkeypatch.setattr(openai_files, "masked_crc", right_crc)
-    arrays, names = openai_files.random_arrays(TINY), [name for name, _ in utils.tensors(TINY)]
+    arrays, names = openai_files.random_arrays(TINY), [name for name, _ in tensors(TINY)]
     n_good = 0
     for i in range(int(300 * TIMES)):
         rng = random.Random(i)
@@ -359,16 +361,16 @@ def test_openai_index_of_any_entries_with_right_checksums(openai, monkeypatch):
 
 
 def right_crc(data):
-    return utils.masked_crc32c(bytes(data)).to_bytes(4, "little")
+    return crc32c.masked_crc32c(bytes(data)).to_bytes(4, "little")
 
 
 def mutate_blocks(rng, index):
     """Damage the blocks of a table, and make their checksums right again."""
-    footer = utils.read_varints(index[-48:], 4)
+    footer = tensorflow.read_varints(index[-48:], 4)
     handles = [footer[:2], footer[2:]]
     handles += [
-        utils.read_varints(handle, 2)
-        for _, handle in utils.block_entries(utils.read_block(index, *footer[2:]))
+        tensorflow.read_varints(handle, 2)
+        for _, handle in tensorflow.block_entries(tensorflow.read_block(index, *footer[2:]))
     ]
     index = bytearray(index)
     for _ in range(rng.choice([1, 1, 2])):
@@ -400,9 +402,9 @@ def test_openai_index_of_long_keys_stays_in_proportion(openai):
     index = openai_files.block([(b"z", handle)])
     footer = 2 * (openai_files.varint(len(contents)) + openai_files.varint(len(index)))
     contents += index + b"\0" + right_crc(index + b"\0")
-    contents += footer.ljust(40, b"\0") + utils.TABLE_MAGIC
+    contents += footer.ljust(40, b"\0") + tensorflow.TABLE_MAGIC
     (folder / "model.ckpt.index").write_bytes(contents)
-    assert len(utils.read_table(contents)) == len(keys)
+    assert len(tensorflow.read_table(contents)) == len(keys)
     assert not assert_good_or_refused(read, folder)
 
 
@@ -414,7 +416,7 @@ def test_openai_index_of_long_keys_stays_in_proportion(openai):
 def hugging_face(tmp_path):
     """A folder that transformers would load, and a function that reads the whole of it."""
     openai_files.write_checkpoint(tmp_path / "openai", TINY)
-    utils.convert(tmp_path / "openai", tmp_path / "in", "hf")
+    weights.convert(tmp_path / "openai", tmp_path / "in", "hf")
     return tmp_path / "in", reader(tmp_path / "in")
 
 
@@ -436,7 +438,7 @@ def test_safetensors_of_any_header(hugging_face):
         return len(text).to_bytes(8, "little") + text + good[8 + n_header :]
 
     def read_and_check():
-        for entry in utils.read_safetensors(path).values():
+        for entry in huggingface.read_safetensors(path).values():
             assert 0 <= entry.offset <= entry.offset + entry.size <= path.stat().st_size
         read()
 
@@ -454,7 +456,7 @@ def test_safetensors_index_of_any_json(hugging_face):
     folder, read = hugging_face
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     shutil.copy(folder / "model-1.safetensors", folder.parent / "outside.safetensors")
-    names = utils.read_safetensors(folder / "model-1.safetensors")
+    names = huggingface.read_safetensors(folder / "model-1.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-1.safetensors")}
     name = "model.safetensors.index.json"
     (folder / name).write_text(json.dumps(index), encoding="utf-8")
@@ -476,7 +478,7 @@ def test_safetensors_index_of_any_json(hugging_face):
 
 def fuzz_table(folder, name, contents, n, mutate):
     def read():
-        again = encoder.Encoder(*utils.load_tokenizer(folder))
+        again = encoder.Encoder(*token_table.load_tokenizer(folder))
         assert again.decode(again.encode("the cat é \0")) == "the cat é \0"
 
     for content in contents:
@@ -522,7 +524,7 @@ def test_tokenizer_json_of_any_json(tmp_path):
 
 def test_vocabulary_of_long_tokens_is_no_hang(tmp_path):
     """A megabyte of tokens of 255 bytes, each of which its merges take long to build."""
-    letters = list(utils.bytes_to_unicode().values())
+    letters = list(token_table.bytes_to_unicode().values())
     vocab = {letter: id for id, letter in enumerate(letters)}
     rng = random.Random(0)
     while len(vocab) < 4000:
@@ -533,7 +535,7 @@ def test_vocabulary_of_long_tokens_is_no_hang(tmp_path):
     (tmp_path / "encoder.json").write_text(json.dumps(vocab), encoding="utf-8")
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\n", encoding="utf-8")
     tracemalloc.stop()
-    assert not assert_good_or_refused(lambda: utils.load_tokenizer(tmp_path), tmp_path)
+    assert not assert_good_or_refused(lambda: token_table.load_tokenizer(tmp_path), tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -544,7 +546,7 @@ def test_vocabulary_of_long_tokens_is_no_hang(tmp_path):
 def checkpoint(tmp_path):
     """The folder of a run, and a function that resumes it as far as reading goes."""
     settings = train.Settings(steps=3, batch_size=1, seq_len=4, data="tokens.bin")
-    config = utils.Config(n_vocab=20, n_ctx=4, n_embd=4, n_head=1, n_layer=1)
+    config = Config(n_vocab=20, n_ctx=4, n_embd=4, n_head=1, n_layer=1)
     run = train.Run(train.init_params(config), settings, step=2, best_loss=2.5)
     run.optimizer.m[:], run.optimizer.v[:] = 0.5, 0.25
     train.save_checkpoint(tmp_path, run)
@@ -735,7 +737,7 @@ def hostile_answer(rng):
 def test_download_from_a_server_of_any_answers(tmp_path, monkeypatch):
     """It fails with an error for a line, and nothing is written but in the folder of the model."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(utils, "TIMEOUTS", (5, 5))
+    monkeypatch.setattr(http, "TIMEOUTS", (5, 5))
     tracemalloc.stop()
     pauses = []
     (tmp_path / "models").mkdir()
@@ -745,7 +747,7 @@ def test_download_from_a_server_of_any_answers(tmp_path, monkeypatch):
             server.answer = hostile_answer(rng)
             try:
                 with time_limit():
-                    utils.download("124M", tmp_path / "models", server.url, pause=pauses.append)
+                    hub.download("124M", tmp_path / "models", server.url, pause=pauses.append)
                 pytest.fail("nothing that the server sent is a model")
             except (ValueError, OSError) as error:
                 assert "encoder.json" in str(error), (i, server.answer[:100], repr(error)[:300])
@@ -753,7 +755,7 @@ def test_download_from_a_server_of_any_answers(tmp_path, monkeypatch):
             assert [path.name for path in tmp_path.iterdir()] == ["models"]
             shutil.rmtree(tmp_path / "models" / "124M", ignore_errors=True)
             assert not list((tmp_path / "models").iterdir())
-    assert max(pauses) <= utils.LONGEST_PAUSE
+    assert max(pauses) <= http.LONGEST_PAUSE
 
 
 NAMES = ["..", "../124M", "124M/..", "/etc", "124M/../../x", "..\\124M", "124M\0", "", ".", "124m"]
@@ -763,9 +765,9 @@ NAMES = ["..", "../124M", "124M/..", "/etc", "124M/../../x", "..\\124M", "124M\0
 def test_download_of_any_other_name_writes_nothing(tmp_path, name):
     (tmp_path / "models").mkdir()
     with pytest.raises(ValueError, match="unknown model"):
-        utils.download(name, tmp_path / "models", "http://127.0.0.1:1")
+        hub.download(name, tmp_path / "models", "http://127.0.0.1:1")
     with pytest.raises((FileNotFoundError, OSError)):
-        utils.find_model(name, tmp_path / "models")
+        hub.find_model(name, tmp_path / "models")
     assert [path.name for path in tmp_path.rglob("*")] == ["models"]
 
 
@@ -773,16 +775,16 @@ def test_state_of_a_download_of_any_json(tmp_path):
     """What is kept of an interrupted download is believed only if it is of the right form."""
     part = tmp_path / "x.part"
     state = {"size": 30, "md5": "abc", "validator": '"x"'}
-    utils.state_path(part).write_text(json.dumps(state), encoding="utf-8")
-    assert utils.read_state(part) == state
+    http.state_path(part).write_text(json.dumps(state), encoding="utf-8")
+    assert http.read_state(part) == state
 
     def read():
-        found = utils.read_state(part)
+        found = http.read_state(part)
         for name, kind in {"size": int, "md5": str, "validator": str}.items():
             assert found is None or found[name] is None or type(found[name]) is kind
 
     contents = [json.dumps(state).encode()]
-    assert fuzz(tmp_path, utils.state_path(part).name, contents, read, mutate=mutate_json_file)
+    assert fuzz(tmp_path, http.state_path(part).name, contents, read, mutate=mutate_json_file)
 
 
 A_FAR_DATE = "Fri, 31 Dec 9999 23:59:59 GMT"
@@ -795,4 +797,4 @@ NO_DELAYS += ["Fri, 99 Foo 0000", "Mon, 1 Jan 1 00:00:00 -9999", "Mon, 1 Jan 999
     [("7", 7), (" 7 ", 7), ("9999", 60), *((text, 0) for text in NO_DELAYS), (A_FAR_DATE, 60)],
 )
 def test_retry_after_is_read_and_bounded(text, seconds):
-    assert utils.seconds_to_wait(text) == seconds
+    assert http.seconds_to_wait(text) == seconds

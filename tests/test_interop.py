@@ -12,22 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpt2
-import utils
+from gpt2_support import weights
+from gpt2_support.formats import llmc
+from gpt2_support.params import Config, Params, n_params
 
 torch = pytest.importorskip("torch", reason="the extra `interop` is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra `interop` is not installed")
 
-TINY = utils.Config(n_vocab=300, n_ctx=16, n_embd=24, n_head=3, n_layer=2)
+TINY = Config(n_vocab=300, n_ctx=16, n_embd=24, n_head=3, n_layer=2)
 SIZES = {
-    "124M": utils.Config(),
-    "355M": utils.Config(n_embd=1024, n_head=16, n_layer=24),
+    "124M": Config(),
+    "355M": Config(n_embd=1024, n_head=16, n_layer=24),
 }
 
 
 def random_params(config, seed, dtype):
     """Params as large as trained ones, biases and gains random, too."""
     rng = np.random.default_rng(seed)
-    params = utils.Params(config, np.zeros(utils.n_params(config), dtype))
+    params = Params(config, np.zeros(n_params(config), dtype))
     for name, array in params.named.items():
         scale = {"w": 0.7 / math.sqrt(array.shape[-1]), "e": 0.05}.get(name[-1], 0.1)
         array[...] = name.endswith("/g") + scale * rng.standard_normal(array.shape, np.float32)
@@ -100,7 +102,7 @@ def compare(config, seed, dtype, shape):
 @st.composite
 def cases(draw):
     n_head = draw(st.integers(1, 4))
-    config = utils.Config(
+    config = Config(
         n_vocab=draw(st.integers(2, 400)),
         n_ctx=draw(st.integers(2, 40)),
         n_embd=n_head * draw(st.integers(2, 12)),
@@ -138,12 +140,12 @@ def test_released_shape_equals_transformers_in_float32(name, capsys):
 def test_folder_through_transformers_and_back_is_exact(tmp_path):
     """Ours -> Hugging Face's, loaded and saved by transformers -> ours, bit for bit."""
     params = random_params(TINY, 0, np.float32)
-    utils.save_params(tmp_path / "ours" / "model.bin", params)
-    utils.convert(tmp_path / "ours", tmp_path / "hf", "hf")
+    llmc.save_params(tmp_path / "ours" / "model.bin", params)
+    weights.convert(tmp_path / "ours", tmp_path / "hf", "hf")
     model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
     for name, tensor in torch_tensors(model).items():
         assert tensor.detach().numpy().tobytes() == params.named[name].tobytes(), name
     model.save_pretrained(tmp_path / "saved")
-    utils.convert(tmp_path / "saved", tmp_path / "back")
+    weights.convert(tmp_path / "saved", tmp_path / "back")
     ours, back = (tmp_path / name / "model.bin" for name in ("ours", "back"))
     assert back.read_bytes() == ours.read_bytes()

@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 
 import train
-import utils
+from gpt2_support.params import Config, Params, n_params
 
 ROOT = Path(train.__file__).parent
-TINY = utils.Config(n_vocab=260, n_ctx=8, n_embd=8, n_head=2, n_layer=3)
+TINY = Config(n_vocab=260, n_ctx=8, n_embd=8, n_head=2, n_layer=3)
 TEXT = "one fish two fish red fish blue fish\nold fish new fish\n" * 60
 FLAGS = (  # what a launcher may want: nothing, or as root and with fewer cores than ranks
     [],
@@ -137,11 +137,11 @@ def test_windows_of_all_ranks_are_those_of_one(n):
 def test_pieces_are_the_whole_gradient_and_whole_when_they_are_sent(least):
     early, late = train.pieces(TINY, 2, least)
     assert len(early) == {1: 3, 1000: 2, 1500: 2, 10**6: 0}[least]
-    place = np.zeros(utils.n_params(TINY), int)
+    place = np.zeros(n_params(TINY), int)
     for part in [part for parts in (*early.values(), late) for part in parts]:
         place[part] += 1
     assert (place == 1).all()
-    params = utils.Params(TINY, np.zeros(utils.n_params(TINY)))
+    params = Params(TINY, np.zeros(n_params(TINY)))
     for layer, parts in early.items():
         for part in parts:
             params.flat[part] = layer
@@ -157,7 +157,7 @@ def test_adamw_in_parts_is_the_whole_bit_for_bit(monkeypatch, n, block):
     monkeypatch.setattr(train.AdamW, "BLOCK", block)
     config = replace(TINY, n_vocab=10, n_embd=2, n_layer=1)
     start = train.init_params(config)
-    whole, parts = (utils.Params(config, start.flat.copy()) for _ in range(2))
+    whole, parts = (Params(config, start.flat.copy()) for _ in range(2))
     ranks = train.Ranks()
     ranks.size, optimizers = n, []
     for ranks.rank in range(n):
@@ -166,7 +166,7 @@ def test_adamw_in_parts_is_the_whole_bit_for_bit(monkeypatch, n, block):
     assert one.is_whole and not any(optimizer.is_whole for optimizer in optimizers)
     rng = np.random.default_rng(1)
     for step in (1, 2):
-        grads = utils.Params(config, rng.standard_normal(start.flat.size, np.float32))
+        grads = Params(config, rng.standard_normal(start.flat.size, np.float32))
         for optimizer, params in [(one, whole), *((each, parts) for each in optimizers)]:
             optimizer.step(params, grads, 0.01, step, settings(), 0.5)
     assert (whole.flat == parts.flat).all() and (whole.flat != start.flat).any()
@@ -188,12 +188,13 @@ def test_write_npz_writes_what_numpy_would():
 PARITY = """
 import functools, json, sys
 import numpy as np
-import test_mpi, train, utils
+import test_mpi, train
+from gpt2_support.params import Params
 
 def losses_of(ranks, shard, least, dtype="float32", **kwargs):
     train.pieces.__defaults__ = (least,)
     start = train.init_params(test_mpi.TINY)
-    params = utils.Params(start.config, start.flat.astype(dtype))
+    params = Params(start.config, start.flat.astype(dtype))
     part = ranks.part(params.flat.size)
     s = test_mpi.settings(ranks=ranks.size, **kwargs)
     run = train.Run(params, s, optimizer=train.AdamW(params, part if shard else None))
@@ -431,7 +432,7 @@ def test_command_saves_and_exits_when_one_rank_hears_ctrl_c(mpi, fish, text):
 
 
 FAIL = """
-import sys, time, train, utils
+import sys, time, train
 train.MPIRanks.PATIENCE = 1
 
 def main():
@@ -440,7 +441,7 @@ def main():
             raise MemoryError("no room on this machine")
         ranks.gather("waits for ever")
 
-utils.run(main)
+cli.run(main)
 """
 
 
@@ -503,7 +504,7 @@ def scaling(monkeypatch):
 
 def test_scaling_model_is_its_formula(scaling):
     c = scaling.CONFIGS["124M"]
-    n_bytes = 4 * utils.n_params(c)
+    n_bytes = 4 * n_params(c)
     assert n_bytes == 497_904_640 - 1024  # the file without its header
     seconds = scaling.step_time(c, 4, 8.0, 1e9)
     assert seconds == pytest.approx(8 / 4 + n_bytes * 2 * 3 / 4 / 1e9, rel=1e-12)

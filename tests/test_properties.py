@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 import encoder
 import gpt2
 import train
-import utils
+from gpt2_support import weights
+from gpt2_support.formats import llmc
+from gpt2_support.params import Config, Params, n_params
 
 PROPERTY = settings(
     max_examples=60,
@@ -32,7 +34,7 @@ CLOSE = {"rtol": 0, "atol": 1e-10}  # float64, logits of size 1 to 100
 @st.composite
 def configs(draw, most_vocab=300, most_ctx=20):
     n_head = draw(st.integers(1, 4))
-    return utils.Config(
+    return Config(
         n_vocab=draw(st.integers(1, most_vocab)),
         n_ctx=draw(st.integers(1, most_ctx)),
         n_embd=n_head * draw(st.integers(1, 5)),
@@ -43,7 +45,7 @@ def configs(draw, most_vocab=300, most_ctx=20):
 
 def random_params(config, seed=0, dtype=np.float64):
     rng = np.random.default_rng(seed)
-    params = utils.Params(config, np.zeros(utils.n_params(config), dtype))
+    params = Params(config, np.zeros(n_params(config), dtype))
     for name, array in params.named.items():
         array[...] = name.endswith("/g") + 0.3 * rng.standard_normal(array.shape)
     return params
@@ -51,7 +53,7 @@ def random_params(config, seed=0, dtype=np.float64):
 
 def random_bits(config, seed=0):
     """Params of any 32 bits at all, so that infinities and every kind of NaN are among them."""
-    rng, params = np.random.default_rng(seed), utils.Params(config)
+    rng, params = np.random.default_rng(seed), Params(config)
     for array in params.named.values():
         array.view("u4")[...] = rng.integers(2**32, size=array.shape, dtype=np.uint32)
     return params
@@ -81,11 +83,11 @@ def llmc_file(params):
 @given(configs(), st.integers(0, 99))
 def test_any_params_save_and_load_bit_for_bit(tmp_path, config, seed):
     params, path = random_bits(config, seed), tmp_path / "model.bin"
-    utils.save_params(path, params)
+    llmc.save_params(path, params)
     assert path.read_bytes() == llmc_file(params)
-    loaded = utils.load_params(path)
+    loaded = llmc.load_params(path)
     assert loaded.config == config and loaded.flat.tobytes() == params.flat.tobytes()
-    utils.save_params(tmp_path / "again.bin", loaded)
+    llmc.save_params(tmp_path / "again.bin", loaded)
     assert (tmp_path / "again.bin").read_bytes() == path.read_bytes()
 
 
@@ -101,7 +103,7 @@ def test_openai_to_ours_to_hugging_face_to_ours_is_exact(tmp_path, config, seed,
     for name in ("encoder.json", "vocab.bpe"):  # of another size than the model
         (folders[0] / name).unlink()
     for source, target, to in zip(folders, folders[1:], ("bin", "hf", "bin"), strict=False):
-        utils.convert(source, target, to)
+        weights.convert(source, target, to)
     for folder in (folders[1], folders[3]):
         assert (folder / "model.bin").read_bytes() == llmc_file(params)
 
@@ -122,8 +124,8 @@ def test_any_checkpoint_saves_and_loads_bit_for_bit(tmp_path, config, seed, step
 @PROPERTY
 @given(st.lists(st.lists(st.integers(0, 65535), max_size=20), max_size=5))
 def test_any_tokens_save_and_load(tmp_path, chunks):
-    n_tokens = utils.save_tokens(tmp_path / "x.bin", chunks, 65536)
-    tokens, n_vocab = utils.load_tokens(tmp_path / "x.bin")
+    n_tokens = llmc.save_tokens(tmp_path / "x.bin", chunks, 65536)
+    tokens, n_vocab = llmc.load_tokens(tmp_path / "x.bin")
     assert tokens.tolist() == list(itertools.chain(*chunks))
     assert (n_tokens, n_vocab) == (len(tokens), 65536)
 
@@ -265,7 +267,7 @@ def test_any_gradient_is_the_slope_of_the_loss(data, config):
     _, grads = gpt2.loss_and_grads(params, x, y)
     step, ends = 1e-5, []
     for sign in (1, -1):
-        moved = utils.Params(config, params.flat + sign * step * direction.flat)
+        moved = Params(config, params.flat + sign * step * direction.flat)
         ends.append(gpt2.token_losses(moved, x, y).mean())
     slope, expected = (ends[0] - ends[1]) / (2 * step), grads.flat @ direction.flat
     assert math.isclose(slope, expected, rel_tol=1e-5, abs_tol=1e-6)
@@ -368,7 +370,7 @@ def float64_arrays(value, seen):
     if isinstance(value, np.ndarray | np.generic):
         if value.dtype == np.float64 and value.shape != (2,):
             yield value
-    elif isinstance(value, dict | list | tuple | SimpleNamespace | utils.Params | gpt2.KVCache):
+    elif isinstance(value, dict | list | tuple | SimpleNamespace | Params | gpt2.KVCache):
         if id(value) in seen:
             return
         seen.add(id(value))
@@ -411,7 +413,7 @@ def float64_seen(function, ignored=None):
 
 def test_float64_is_nowhere_in_training_and_generation():
     """Every variable of every function: activations, gradients, optimizer state, temporaries."""
-    config = utils.Config(n_vocab=50, n_ctx=16, n_embd=12, n_head=3, n_layer=2)
+    config = Config(n_vocab=50, n_ctx=16, n_embd=12, n_head=3, n_layer=2)
     params = train.init_params(config)
     data = np.random.default_rng(0).integers(50, size=300).astype(np.uint16)
     run = train.Run(params, train.Settings(steps=3, batch_size=2, seq_len=8, grad_accum=2))

@@ -18,6 +18,8 @@ import encoder
 import gpt2
 import train
 import utils
+from gpt2_support import files, hub
+from gpt2_support.params import Config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
@@ -61,13 +63,13 @@ def clone(tmp_path_factory):
     for name in ("stories.txt", "mystory.txt", "tinyshakespeare.txt"):
         (folder / name).write_text(words(), encoding="utf-8")
     (folder / "names.txt").write_text("\n".join(words(900).split()), encoding="utf-8")
-    config = utils.Config(openai_files.N_VOCAB, n_ctx=128, n_embd=8, n_head=2, n_layer=2)
+    config = Config(openai_files.N_VOCAB, n_ctx=128, n_embd=8, n_head=2, n_layer=2)
     for path in ("path/to/openai_or_hf", "site/124M"):
         (folder / path).mkdir(parents=True)
         openai_files.write_checkpoint(folder / path, config)
     source = inspect.getsource(utils)
-    for name, digest in utils.TOKENIZER_SHA256.items():  # let the small files be the known ones
-        small = utils.file_hash(folder / "site/124M" / name, "sha256").hexdigest()
+    for name, digest in hub.TOKENIZER_SHA256.items():  # let the small files be the known ones
+        small = files.file_hash(folder / "site/124M" / name, "sha256").hexdigest()
         assert digest in source
         source = source.replace(digest, small)
     (folder / "utils.py").write_text(source, encoding="utf-8")

@@ -18,9 +18,11 @@ import pytest
 import encoder
 import gpt2
 import train
-import utils
+from gpt2_support import blas
+from gpt2_support.formats import llmc
+from gpt2_support.params import Config, Params, n_params
 
-TINY = utils.Config(n_vocab=260, n_ctx=8, n_embd=8, n_head=2, n_layer=2)
+TINY = Config(n_vocab=260, n_ctx=8, n_embd=8, n_head=2, n_layer=2)
 ROOT = Path(train.__file__).parent
 TEXT = "one fish two fish red fish blue fish\nold fish new fish\n" * 60
 
@@ -35,7 +37,7 @@ def random_tokens(n, n_vocab=TINY.n_vocab, seed=0):
 
 
 def to_float64(params):
-    return utils.Params(params.config, params.flat.astype(np.float64))
+    return Params(params.config, params.flat.astype(np.float64))
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def fish(text):
 
 
 def test_init_params_std_is_gpt2s():
-    config = utils.Config(n_vocab=500, n_ctx=64, n_embd=64, n_head=2, n_layer=8)
+    config = Config(n_vocab=500, n_ctx=64, n_embd=64, n_head=2, n_layer=8)
     named = train.init_params(config).named
     for name, array in named.items():
         if name.endswith("/b"):
@@ -85,7 +87,7 @@ def test_init_params_leaves_padding_zero():
 
 
 def test_initial_loss_is_that_of_uniform_guesses():
-    config = utils.Config(n_vocab=1024, n_ctx=32, n_embd=64, n_head=4, n_layer=4)
+    config = Config(n_vocab=1024, n_ctx=32, n_embd=64, n_head=4, n_layer=4)
     tokens = random_tokens(33, 1024)
     loss, _ = gpt2.loss_and_grads(train.init_params(config), tokens[:-1], tokens[1:])
     assert abs(loss - math.log(1024)) < 0.1
@@ -169,16 +171,16 @@ def naive_adamw(p, gradients, lr, decay, beta1=0.9, beta2=0.95, eps=1e-8):
 def test_adamw_equals_its_formulas_in_any_blocks(monkeypatch, block, n_threads):
     monkeypatch.setattr(train.AdamW, "BLOCK", block)
     params = to_float64(train.init_params(TINY))
-    start = utils.Params(TINY, params.flat.copy())
+    start = Params(TINY, params.flat.copy())
     rng = np.random.default_rng(3)
     gradients = [rng.standard_normal(params.flat.size) for _ in range(3)]
     optimizer, share = train.AdamW(params), train.Team(params, n_threads).share
     for step, gradient in enumerate(gradients, 1):
-        grads = utils.Params(TINY, gradient * 4)
+        grads = Params(TINY, gradient * 4)
         optimizer.step(params, grads, 0.01, step, settings(weight_decay=0.3), 0.25, share)
     for name in params.named:
         decay = 0.0 if name.endswith(("/b", "/g")) else 0.3
-        trees = (utils.Params(TINY, gradient).named[name] for gradient in gradients)
+        trees = (Params(TINY, gradient).named[name] for gradient in gradients)
         history = [float(array.flat[5]) for array in trees]
         expected = naive_adamw(float(start.named[name].flat[5]), history, 0.01, decay)
         assert params.named[name].flat[5] == pytest.approx(expected, rel=1e-12), name
@@ -186,7 +188,7 @@ def test_adamw_equals_its_formulas_in_any_blocks(monkeypatch, block, n_threads):
 
 def test_adamw_keeps_float32_and_padding():
     params = train.init_params(TINY)
-    grads = utils.Params(TINY)
+    grads = Params(TINY)
     for array in grads.named.values():
         array[...] = 1
     train.AdamW(params).step(params, grads, np.float64(0.1), 1, settings(), scale=np.float64(1))
@@ -196,10 +198,10 @@ def test_adamw_keeps_float32_and_padding():
 
 def test_adamw_ten_steps_equal_pytorch(shared):
     golden = np.load(shared("golden/adamw.npz"))
-    config = utils.Config(**json.loads(str(golden["config"])))
+    config = Config(**json.loads(str(golden["config"])))
 
     def fill(prefix):
-        params = utils.Params(config, np.zeros(utils.n_params(config)))
+        params = Params(config, np.zeros(n_params(config)))
         for name, array in params.named.items():
             value = golden[f"{prefix}:{name}"]
             array[...] = value.T if name.endswith("/w") else value
@@ -253,20 +255,20 @@ def test_train_step_is_that_of_the_whole_batch_however_it_is_shared(n_threads, n
 
 
 def test_team_leaves_the_number_of_blas_threads():
-    before, seen = utils.blas_threads(), []
+    before, seen = blas.get_threads(), []
     wide = replace(TINY, n_embd=256)
-    utils.set_blas_threads(2)
+    blas.set_threads(2)
     for config, n in ((TINY, 1), (wide, 1), (wide, 2)):
         with train.blas_threads(config, n):
-            seen.append(utils.blas_threads())
-        assert utils.blas_threads() == (2 if utils.openblas("get_num_threads") else 1)
-    utils.set_blas_threads(before)
-    assert seen == [1, 2, 1] or not utils.openblas("get_num_threads")
+            seen.append(blas.get_threads())
+        assert blas.get_threads() == (2 if blas.openblas("get_num_threads") else 1)
+    blas.set_threads(before)
+    assert seen == [1, 2, 1] or not blas.openblas("get_num_threads")
 
 
 def test_team_of_one_shares_the_elementwise_work_on_large_buffers(monkeypatch):
-    monkeypatch.setattr(utils, "blas_threads", lambda: 3)
-    large = utils.Config(n_vocab=1 << 16, n_ctx=4, n_embd=16, n_head=2, n_layer=1)
+    monkeypatch.setattr(blas, "get_threads", lambda: 3)
+    large = Config(n_vocab=1 << 16, n_ctx=4, n_embd=16, n_head=2, n_layer=1)
     for config, n_parts in ((TINY, 1), (large, 3)):
         team = train.Team(train.init_params(config))
         assert team.share(lambda i, n: (i, n)) == [(i, n_parts) for i in range(n_parts)]
@@ -344,7 +346,7 @@ def test_evaluate_refuses_too_few_tokens():
 
 def test_score_is_in_nats_a_token_and_bits_a_byte():
     enc = encoder.train(TEXT, 260)
-    params = utils.Params(TINY)  # all zeros: every token is as likely
+    params = Params(TINY)  # all zeros: every token is as likely
     tokens = np.array([enc.eot, *enc.encode("one fish"), enc.eot, *enc.encode("two")], np.uint16)
     found = train.score(params, enc, tokens, 4)
     assert found.n_tokens == len(tokens) - 1
@@ -358,7 +360,7 @@ def test_score_is_in_nats_a_token_and_bits_a_byte():
 def test_score_without_end_of_text_counts_all_bytes():
     enc = encoder.Encoder(encoder.train(TEXT, 260).tokens[:-1])
     tokens = np.array(enc.encode("one fish two"), np.uint16)
-    params = utils.Params(replace(TINY, n_vocab=259))
+    params = Params(replace(TINY, n_vocab=259))
     found = train.score(params, enc, tokens, 4)
     assert found.n_bytes == len("one fish two") - len(enc.tokens[tokens[0]])
 
@@ -407,7 +409,7 @@ def test_train_accumulates_over_batches_in_their_order():
 def test_checkpoint_model_is_the_runs(tmp_path):
     run = train.Run(train.init_params(TINY), settings(), step=5)
     train.save_checkpoint(tmp_path, run)
-    assert (utils.load_params(tmp_path / "model.bin").flat == run.params.flat).all()
+    assert (llmc.load_params(tmp_path / "model.bin").flat == run.params.flat).all()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text"])
@@ -600,14 +602,14 @@ def test_command_fine_tunes_a_model(run, fish, text):
     assert done.returncode == 0, done.stderr
     first, _ = train.read_log(tuned / "log.csv")
     assert float(first["lr"]) == pytest.approx(5e-5 / 20)  # fine-tuning has a default of its own
-    start, end = utils.load_params(out), utils.load_params(tuned)
+    start, end = llmc.load_params(out), llmc.load_params(tuned)
     assert 0 < abs(end.flat - start.flat).max() < 1e-4
     assert (out / "tokenizer.bin").read_bytes() == (tuned / "tokenizer.bin").read_bytes()
 
 
 def test_command_tunes_and_resumes_a_model_with_more_ids_than_its_tokenizer(run, fish, text):
     wide, out = text.parent / "wide", text.parent / "fish"
-    utils.save_params(wide / "model.bin", train.init_params(replace(TINY, n_vocab=300)))
+    llmc.save_params(wide / "model.bin", train.init_params(replace(TINY, n_vocab=300)))
     encoder.train(TEXT, 260).save(wide / "tokenizer.bin")
     assert run("train.py", *fish("--init", wide, "--steps", 2)).returncode == 0
     resumed = run("train.py", "--resume", "--out", out, "--steps", 4)
@@ -617,7 +619,7 @@ def test_command_tunes_and_resumes_a_model_with_more_ids_than_its_tokenizer(run,
 
 def test_command_refuses_a_tokenizer_of_another_model(run, fish, text):
     small = text.parent / "small"
-    utils.save_params(small / "model.bin", train.init_params(replace(TINY, n_vocab=259)))
+    llmc.save_params(small / "model.bin", train.init_params(replace(TINY, n_vocab=259)))
     encoder.train(TEXT, 260).save(small / "tokenizer.bin")
     for more in ((), ("--eval_only",)):
         done = run("train.py", *fish("--init", small, *more))
@@ -723,9 +725,9 @@ def test_command_refuses_foreign_tokens_files(run, fish, text):
     enc = encoder.train(TEXT, 260)
     enc.save(text.parent / "tokenizer.bin")
     cases = [
-        (lambda: utils.save_tokens(data, [np.array([300] * 900)], 0), "has the id 300, but the"),
-        (lambda: utils.save_tokens(data, [np.zeros(900)], 300), "has a vocabulary of 300, but the"),
-        (lambda: utils.save_params(data, utils.Params(TINY)), "expected a tokens file"),
+        (lambda: llmc.save_tokens(data, [np.array([300] * 900)], 0), "has the id 300, but the"),
+        (lambda: llmc.save_tokens(data, [np.zeros(900)], 300), "has a vocabulary of 300, but the"),
+        (lambda: llmc.save_params(data, Params(TINY)), "expected a tokens file"),
         (lambda: data.write_bytes(b"text after all" * 100), "expected a tokens file"),
         (lambda: data.write_bytes(b""), "0 bytes"),
     ]

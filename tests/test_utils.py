@@ -18,8 +18,9 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import utils
-from utils import Config, Params
+from gpt2_support import blas, files, http, hub, weights
+from gpt2_support.formats import crc32c, huggingface, llmc, tensorflow, token_table
+from gpt2_support.params import Config, Params, n_params, tensors
 
 TINY = Config(n_vocab=openai_files.N_VOCAB, n_ctx=8, n_embd=8, n_head=2, n_layer=2)
 
@@ -78,16 +79,16 @@ def test_blas_kernels_are_chosen_for_a_cpu_that_openblas_does_not_know(
     monkeypatch.delenv("OPENBLAS_CORETYPE")
     if setting is not None:
         monkeypatch.setenv("OPENBLAS_CORETYPE", setting)
-    utils.configure_openblas(tmp_path / "cpuinfo")
+    blas.configure_openblas(tmp_path / "cpuinfo")
     assert os.environ.get("OPENBLAS_CORETYPE") == setting  # NumPy is loaded: too late
     monkeypatch.delitem(sys.modules, "numpy")
-    utils.configure_openblas(tmp_path / "none")
+    blas.configure_openblas(tmp_path / "none")
     assert os.environ.get("OPENBLAS_CORETYPE") == setting
-    utils.configure_openblas(tmp_path / "cpuinfo")
+    blas.configure_openblas(tmp_path / "cpuinfo")
     assert os.environ.get("OPENBLAS_CORETYPE") == chosen
     assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == "26"
     monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT")
-    utils.configure_openblas(tmp_path / "cpuinfo")
+    blas.configure_openblas(tmp_path / "cpuinfo")
     assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == "20"
 
 
@@ -98,7 +99,7 @@ import sys
 class Finder:
     def find_spec(name, path=None, target=None):
         if name == "numpy":
-            print("configure_openblas" in vars(sys.modules.get("utils", sys)))
+            print("configure_openblas" in vars(sys.modules.get("gpt2_support.blas", sys)))
 sys.meta_path.insert(0, Finder)
 import {module}
 """
@@ -110,14 +111,15 @@ def test_threads_serve_a_forked_process_too():
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
     code = """
-import os, threading, utils
-utils.blas_threads, utils.set_blas_threads = lambda: 3, lambda n: None
+import os, threading
+from gpt2_support import blas
+blas.get_threads, blas.set_threads = lambda: 3, lambda n: None
 def parts():
     found, all_here = [], threading.Barrier(3, timeout=20)
     def function(part):
         all_here.wait()
         found.append((part.start, part.stop))
-    utils.in_threads(function, 7, work=1 << 40)
+    blas.parallel_for(function, 7, work=1 << 40)
     return sorted(found)
 assert parts() == [(0, 2), (2, 4), (4, 7)]
 if child := os.fork():
@@ -128,31 +130,31 @@ os._exit(parts() != [(0, 2), (2, 4), (4, 7)])
 
 
 def test_an_error_in_a_thread_is_raised(monkeypatch):
-    monkeypatch.setattr(utils, "blas_threads", lambda: 3)
-    monkeypatch.setattr(utils, "set_blas_threads", lambda n: None)
+    monkeypatch.setattr(blas, "get_threads", lambda: 3)
+    monkeypatch.setattr(blas, "set_threads", lambda n: None)
 
     def function(part):
         if part.stop == 7:
             raise KeyError(part.start)
 
     with pytest.raises(KeyError, match="4"):
-        utils.in_threads(function, 7, work=1 << 40)
+        blas.parallel_for(function, 7, work=1 << 40)
 
 
 def test_one_blas_thread_is_for_the_block_only():
-    before = utils.blas_threads()
-    with pytest.raises(KeyError), utils.one_blas_thread(then=before):
-        assert utils.blas_threads() == 1
+    before = blas.get_threads()
+    with pytest.raises(KeyError), blas.one_thread(then=before):
+        assert blas.get_threads() == 1
         raise KeyError
-    assert utils.blas_threads() == before
+    assert blas.get_threads() == before
 
 
 def test_another_blas_has_one_thread_and_unknown_kernels(monkeypatch):
-    monkeypatch.setattr(utils, "openblas", lambda function: None)
-    assert utils.blas_threads() == 1
-    with utils.one_blas_thread(then=2):
-        assert utils.blas_threads() == 1
-    assert utils.blas_kernels() == "unknown"
+    monkeypatch.setattr(blas, "openblas", lambda function: None)
+    assert blas.get_threads() == 1
+    with blas.one_thread(then=2):
+        assert blas.get_threads() == 1
+    assert blas.kernels() == "unknown"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -161,8 +163,8 @@ def test_another_blas_has_one_thread_and_unknown_kernels(monkeypatch):
 
 def test_config_default_is_124m():
     config = Config()
-    assert sum(np.prod(shape) for _, shape in utils.tensors(config)) == 124439808
-    assert utils.HEADER_BYTES + 4 * utils.n_params(config) == 497904640
+    assert sum(np.prod(shape) for _, shape in tensors(config)) == 124439808
+    assert llmc.HEADER_BYTES + 4 * n_params(config) == 497904640
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def test_params_attributes_are_the_named_arrays():
 
 def test_tensors_are_the_named_arrays_in_file_order():
     params = Params(TINY)
-    shapes = dict(utils.tensors(TINY))
+    shapes = dict(tensors(TINY))
     assert shapes == {name: array.shape for name, array in params.named.items()}
     starts = [params.named[name].__array_interface__["data"][0] for name in shapes]
     assert starts == sorted(starts)
@@ -200,7 +202,7 @@ def test_tensors_are_the_named_arrays_in_file_order():
 
 def test_params_refuses_a_buffer_of_another_length():
     with pytest.raises(ValueError, match="needs"):
-        Params(TINY, np.zeros(utils.n_params(TINY) + 1, np.float32))
+        Params(TINY, np.zeros(n_params(TINY) + 1, np.float32))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -209,10 +211,10 @@ def test_params_refuses_a_buffer_of_another_length():
 
 def test_atomic_write_replaces_only_at_a_good_end(tmp_path):
     path = tmp_path / "folder" / "file"
-    with utils.atomic_write(path) as file:
+    with files.atomic_write(path) as file:
         file.write(b"old")
         assert not path.exists()
-    with pytest.raises(RuntimeError), utils.atomic_write(path) as file:
+    with pytest.raises(RuntimeError), files.atomic_write(path) as file:
         file.write(b"new")
         raise RuntimeError
     assert contents(tmp_path / "folder") == {"file": b"old"}
@@ -220,7 +222,7 @@ def test_atomic_write_replaces_only_at_a_good_end(tmp_path):
 
 def test_atomic_write_names_the_file_when_the_disk_is_full(tmp_path):
     full = pytest.raises(OSError, match=r"No space.*model\.bin")
-    with full, utils.atomic_write(tmp_path / "model.bin"):
+    with full, files.atomic_write(tmp_path / "model.bin"):
         raise OSError(28, "No space left on device")
     assert contents(tmp_path) == {}
 
@@ -229,11 +231,11 @@ def test_atomic_write_names_the_file_when_the_disk_is_full(tmp_path):
 # Model .bin files
 
 
-def write_bin(path, version, config, values, padded=None, magic=utils.MODEL_MAGIC):
+def write_bin(path, version, config, values, padded=None, magic=llmc.MODEL_MAGIC):
     c = config
     sizes = [c.n_ctx, c.n_vocab, c.n_layer, c.n_head, c.n_embd]
     with open(path, "wb") as file:
-        utils.write_header(
+        llmc.write_header(
             file, magic, version, *sizes, c.n_vocab_padded if padded is None else padded
         )
         file.write(values.tobytes())
@@ -241,8 +243,8 @@ def write_bin(path, version, config, values, padded=None, magic=utils.MODEL_MAGI
 
 def test_model_file_round_trip_is_exact(tmp_path):
     params = random_params()
-    utils.save_params(tmp_path / "model.bin", params)
-    loaded = utils.load_params(tmp_path)
+    llmc.save_params(tmp_path / "model.bin", params)
+    loaded = llmc.load_params(tmp_path)
     assert loaded.config == TINY
     assert loaded.flat.tobytes() == params.flat.tobytes()
     assert not loaded.flat.flags.writeable  # memory-mapped
@@ -250,7 +252,7 @@ def test_model_file_round_trip_is_exact(tmp_path):
 
 def test_model_file_of_llmc_is_saved_byte_for_byte(shared, tmp_path):
     path = shared("golden/llmc_tiny.bin")
-    utils.save_params(tmp_path / "model.bin", utils.load_params(path))
+    llmc.save_params(tmp_path / "model.bin", llmc.load_params(path))
     assert (tmp_path / "model.bin").read_bytes() == path.read_bytes()
 
 
@@ -258,28 +260,28 @@ def test_model_file_version_1_has_no_padding(tmp_path):
     params = random_params()
     start, end = TINY.n_vocab * TINY.n_embd, TINY.n_vocab_padded * TINY.n_embd
     write_bin(tmp_path / "model.bin", 1, TINY, np.delete(params.flat, np.s_[start:end]), padded=0)
-    assert np.array_equal(utils.load_params(tmp_path).flat, params.flat)
+    assert np.array_equal(llmc.load_params(tmp_path).flat, params.flat)
 
 
 def test_model_file_version_5_is_bf16(tmp_path):
     params = random_params()
     bits = params.flat.view("u4") >> 16 << 16  # float32 values that bf16 holds exactly
     write_bin(tmp_path / "model.bin", 5, TINY, (bits >> 16).astype("<u2"))
-    loaded = utils.load_params(tmp_path)
+    loaded = llmc.load_params(tmp_path)
     assert loaded.flat.dtype == np.float32
     assert np.array_equal(loaded.flat.view("u4"), bits)
 
 
 def test_model_file_of_float64_parameters_is_float32(tmp_path):
     params = random_params()
-    utils.save_params(tmp_path / "model.bin", Params(TINY, params.flat.astype(np.float64)))
-    assert np.array_equal(utils.load_params(tmp_path).flat, params.flat)
+    llmc.save_params(tmp_path / "model.bin", Params(TINY, params.flat.astype(np.float64)))
+    assert np.array_equal(llmc.load_params(tmp_path).flat, params.flat)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"magic": utils.TOKENS_MAGIC}, "found a tokens file"),
+        ({"magic": llmc.TOKENS_MAGIC}, "found a tokens file"),
         ({"magic": 7}, "magic number 7"),
         ({"version": 2}, "version 2"),
         ({"padded": 260}, "padded to 260, expected 384"),
@@ -291,24 +293,24 @@ def test_model_file_with_a_wrong_header_is_refused(tmp_path, change, message):
     values = {"version": 3, "config": TINY, "values": Params(TINY).flat, **change}
     write_bin(tmp_path / "model.bin", **values)
     with pytest.raises(ValueError, match=message):
-        utils.load_params(tmp_path)
+        llmc.load_params(tmp_path)
 
 
 @pytest.mark.parametrize("size", [0, 1023, 1024, -4, 4])
 def test_model_file_of_another_size_is_refused(tmp_path, size):
-    utils.save_params(tmp_path / "model.bin", random_params())
+    llmc.save_params(tmp_path / "model.bin", random_params())
     data = (tmp_path / "model.bin").read_bytes()
     data = data[:size] if size < 1025 and size != 4 else data + bytes(4)
     (tmp_path / "model.bin").write_bytes(data)
     with pytest.raises(ValueError, match=r"model\.bin: \d+ bytes"):
-        utils.load_params(tmp_path)
+        llmc.load_params(tmp_path)
 
 
 def test_model_file_header_of_no_gpt2_is_refused(tmp_path):
     with open(tmp_path / "model.bin", "wb") as file:
-        utils.write_header(file, utils.MODEL_MAGIC, 3, 8, 260, 2, 0, 8, 384)
+        llmc.write_header(file, llmc.MODEL_MAGIC, 3, 8, 260, 2, 0, 8, 384)
     with pytest.raises(ValueError, match="n_head = 0"):
-        utils.load_params(tmp_path)
+        llmc.load_params(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -317,29 +319,29 @@ def test_model_file_header_of_no_gpt2_is_refused(tmp_path):
 
 def test_tokens_file_round_trip(tmp_path):
     chunks = [np.array([1, 2, 65535]), np.array([], np.int64), np.array([7])]
-    assert utils.save_tokens(tmp_path / "data.bin", chunks, 65536) == 4
-    tokens, n_vocab = utils.load_tokens(tmp_path / "data.bin")
+    assert llmc.save_tokens(tmp_path / "data.bin", chunks, 65536) == 4
+    tokens, n_vocab = llmc.load_tokens(tmp_path / "data.bin")
     assert tokens.tolist() == [1, 2, 65535, 7]
     assert tokens.dtype == np.uint16
     assert n_vocab == 65536
 
 
 def test_tokens_file_may_be_empty(tmp_path):
-    utils.save_tokens(tmp_path / "data.bin", [], 50257)
-    tokens, n_vocab = utils.load_tokens(tmp_path / "data.bin")
+    llmc.save_tokens(tmp_path / "data.bin", [], 50257)
+    tokens, n_vocab = llmc.load_tokens(tmp_path / "data.bin")
     assert (len(tokens), n_vocab) == (0, 50257)
 
 
 def test_tokens_file_of_another_size_is_refused(tmp_path):
-    utils.save_tokens(tmp_path / "data.bin", [[1, 2]], 10)
+    llmc.save_tokens(tmp_path / "data.bin", [[1, 2]], 10)
     (tmp_path / "data.bin").write_bytes((tmp_path / "data.bin").read_bytes() + b"x")
     with pytest.raises(ValueError, match="1029 bytes, but a tokens file of 2 tokens takes 1028"):
-        utils.load_tokens(tmp_path / "data.bin")
+        llmc.load_tokens(tmp_path / "data.bin")
 
 
 def test_tokens_file_refuses_a_vocabulary_beyond_16_bits(tmp_path):
     with pytest.raises(ValueError, match="65537"):
-        utils.save_tokens(tmp_path / "data.bin", [], 65537)
+        llmc.save_tokens(tmp_path / "data.bin", [], 65537)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -357,25 +359,25 @@ RFC_3720 = {  # appendix B.4
 
 @pytest.mark.parametrize("data", RFC_3720)
 def test_crc32c_of_rfc_3720(data):
-    assert utils.crc32c(data) == RFC_3720[data]
+    assert crc32c.crc32c(data) == RFC_3720[data]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 285, 286, 287, 290, 291, 580, 581, 4001, 10000])
 def test_crc32c_equals_the_definition(n):
     data = np.random.default_rng(n).bytes(n)
-    assert utils.crc32c(data) == openai_files.slow_crc32c(data)
+    assert crc32c.crc32c(data) == openai_files.slow_crc32c(data)
 
 
 def test_crc32c_of_several_chunks_equals_table_lookup():
     data = np.random.default_rng(0).integers(0, 256, (1 << 20) + 12345, dtype=np.uint8)
     expected = int.from_bytes(openai_files.masked_crc(data), "little")
-    assert utils.masked_crc32c(data) == expected
-    assert utils.masked_crc32c(data[: 1 << 20].view("<f4").reshape(512, 512)) != expected
+    assert crc32c.masked_crc32c(data) == expected
+    assert crc32c.masked_crc32c(data[: 1 << 20].view("<f4").reshape(512, 512)) != expected
 
 
 def test_crc32c_leaves_its_input_alone():
     data = np.arange(2000, dtype=np.float32)
-    utils.crc32c(data)
+    crc32c.crc32c(data)
     assert np.array_equal(data, np.arange(2000))
 
 
@@ -385,8 +387,8 @@ def test_crc32c_leaves_its_input_alone():
 
 def test_openai_checkpoint_of_tensorflow_converts_exactly(shared, tmp_path):
     folder = shared("openai_tiny")
-    utils.convert(folder, tmp_path)
-    params = utils.load_params(tmp_path)
+    weights.convert(folder, tmp_path)
+    params = llmc.load_params(tmp_path)
     data, arrays = np.fromfile(folder / "model.ckpt.data-00000-of-00001", "<f4"), {}
     for name in sorted(params.named):  # TensorFlow lays the tensors down in order of their names
         shape = params.named[name].shape
@@ -402,25 +404,25 @@ def test_openai_checkpoint_of_tensorflow_converts_exactly(shared, tmp_path):
 @pytest.mark.parametrize("per_block", [1, 4, 1000])
 def test_openai_checkpoint_of_any_block_size_converts(tmp_path, per_block):
     config, arrays = openai_files.write_checkpoint(tmp_path / "in", per_block=per_block)
-    utils.convert(tmp_path / "in", tmp_path / "out")
-    params = utils.load_params(tmp_path / "out")
+    weights.convert(tmp_path / "in", tmp_path / "out")
+    params = llmc.load_params(tmp_path / "out")
     assert params.config == config
     assert_equal(params, arrays)
-    assert utils.load_tokenizer(tmp_path / "out")[0][258] == b" the"
+    assert token_table.load_tokenizer(tmp_path / "out")[0][258] == b" the"
 
 
 def test_openai_checkpoint_of_another_name_converts(tmp_path):
     _, arrays = openai_files.write_checkpoint(tmp_path / "in")
     for path in list((tmp_path / "in").glob("model.ckpt.*")):
         path.rename(path.with_name(path.name.replace("model.ckpt", "model-1000")))
-    utils.convert(tmp_path / "in", tmp_path / "out")
-    assert_equal(utils.load_params(tmp_path / "out"), arrays)
+    weights.convert(tmp_path / "in", tmp_path / "out")
+    assert_equal(llmc.load_params(tmp_path / "out"), arrays)
 
 
 def refusal(source, target):
     """Convert, which must fail; return the error. Nothing may be left in the target."""
     with pytest.raises(ValueError) as caught:
-        utils.convert(source, target)
+        weights.convert(source, target)
     assert not target.exists() or contents(target) == {}
     return str(caught.value)
 
@@ -488,8 +490,8 @@ def test_openai_index_with_any_changed_byte_is_refused(tmp_path):
     padding = range(len(good[:-8].rstrip(b"\0")), len(good) - 8)  # says nothing
     for at in set(range(len(good))) - set(padding):
         path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-        with pytest.raises(utils.DamagedFile, match=r"model\.ckpt\.index: "):
-            utils.read_bundle(path)
+        with pytest.raises(files.DamagedFile, match=r"model\.ckpt\.index: "):
+            tensorflow.read_bundle(path)
 
 
 def test_openai_index_cut_anywhere_is_refused(tmp_path):
@@ -498,8 +500,8 @@ def test_openai_index_cut_anywhere_is_refused(tmp_path):
     good = path.read_bytes()
     for size in range(0, len(good), 7):
         path.write_bytes(good[:size])
-        with pytest.raises(utils.DamagedFile):
-            utils.read_bundle(path)
+        with pytest.raises(files.DamagedFile):
+            tensorflow.read_bundle(path)
 
 
 @pytest.mark.parametrize(
@@ -532,24 +534,27 @@ def test_table_of_any_bytes_gives_an_object_or_value_error(data, footer):
     good = data + b"\0" + openai_files.masked_crc(data + b"\0")
     handle = openai_files.varint(0) + openai_files.varint(len(data))
     for handles in (handle + handle, footer):
-        table = good + handles.ljust(40, b"\0")[:40] + utils.TABLE_MAGIC
+        table = good + handles.ljust(40, b"\0")[:40] + tensorflow.TABLE_MAGIC
         for text in (table, data):
             with contextlib.suppress(ValueError):
-                assert isinstance(utils.read_table(text), dict)
-    for read in (lambda: list(utils.block_entries(data)), lambda: utils.bundle_entry(None, data)):
+                assert isinstance(tensorflow.read_table(text), dict)
+    for read in (
+        lambda: list(tensorflow.block_entries(data)),
+        lambda: tensorflow.bundle_entry(None, data),
+    ):
         with contextlib.suppress(ValueError):
             read()
 
 
 def test_block_entry_and_protobuf_field_beyond_their_end_are_refused():
     block = openai_files.block([(b"key", b"value")])
-    assert list(utils.block_entries(block)) == [(b"key", b"value")]
+    assert list(tensorflow.block_entries(block)) == [(b"key", b"value")]
     with pytest.raises(ValueError, match="does not fit"):
-        list(utils.block_entries(block[:2] + b"\x06" + block[3:]))
+        list(tensorflow.block_entries(block[:2] + b"\x06" + block[3:]))
     field = openai_files.field(7, b"value")
-    assert list(utils.protobuf_fields(field)) == [(7, b"value")]
+    assert list(tensorflow.protobuf_fields(field)) == [(7, b"value")]
     with pytest.raises(ValueError, match="does not fit"):
-        list(utils.protobuf_fields(field[:-1]))
+        list(tensorflow.protobuf_fields(field[:-1]))
 
 
 def table_of(blocks, handles):
@@ -561,17 +566,19 @@ def table_of(blocks, handles):
     index = openai_files.block([(bytes([i]), handle) for i, handle in enumerate(handles)])
     footer = 2 * (openai_files.varint(len(data)) + openai_files.varint(len(index)))
     data += index + b"\0" + openai_files.masked_crc(index + b"\0")
-    return data + footer.ljust(40, b"\0") + utils.TABLE_MAGIC
+    return data + footer.ljust(40, b"\0") + tensorflow.TABLE_MAGIC
 
 
 def test_table_refuses_blocks_that_overlap_and_keys_that_do_not_rise():
     block = openai_files.block([(b"a", b"1"), (b"b", b"2")])
     good = table_of([block], [(0, len(block))])
-    assert utils.read_table(good) == {b"a": b"1", b"b": b"2"}
+    assert tensorflow.read_table(good) == {b"a": b"1", b"b": b"2"}
     with pytest.raises(ValueError, match="overlaps"):
-        utils.read_table(table_of([block], [(0, len(block))] * 2))
+        tensorflow.read_table(table_of([block], [(0, len(block))] * 2))
     with pytest.raises(ValueError, match="rising"):
-        utils.read_table(table_of([block] * 2, [(0, len(block)), (len(block) + 5, len(block))]))
+        tensorflow.read_table(
+            table_of([block] * 2, [(0, len(block)), (len(block) + 5, len(block))])
+        )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -614,9 +621,9 @@ def write_hf(folder, arrays=None, config=(), **changes):
 
 def test_hf_folder_of_transformers_and_back_is_exact(shared, tmp_path):
     folder = shared("hf_tiny")
-    utils.convert(folder, tmp_path / "ours")
-    utils.convert(tmp_path / "ours", tmp_path / "hf", to="hf")
-    utils.convert(tmp_path / "hf", tmp_path / "again")
+    weights.convert(folder, tmp_path / "ours")
+    weights.convert(tmp_path / "ours", tmp_path / "hf", to="hf")
+    weights.convert(tmp_path / "hf", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "ours")
     exported = (tmp_path / "hf" / "model.safetensors").read_bytes()
     assert exported == (folder / "model.safetensors").read_bytes()
@@ -624,9 +631,9 @@ def test_hf_folder_of_transformers_and_back_is_exact(shared, tmp_path):
 
 def test_hf_export_with_tokenizer_and_back_is_exact(tmp_path):
     openai_files.write_checkpoint(tmp_path / "in")
-    utils.convert(tmp_path / "in", tmp_path / "ours")
-    utils.convert(tmp_path / "ours", tmp_path / "hf", to="hf")
-    utils.convert(tmp_path / "hf", tmp_path / "again")
+    weights.convert(tmp_path / "in", tmp_path / "ours")
+    weights.convert(tmp_path / "ours", tmp_path / "hf", to="hf")
+    weights.convert(tmp_path / "hf", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "ours")
     config = json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))
     assert config["eos_token_id"] == 259
@@ -641,8 +648,8 @@ def test_hf_names_and_buffers_are_understood(tmp_path, prefix):
     arrays[f"{prefix}h.1.attn.masked_bias"] = np.zeros((), np.float32)
     arrays["lm_head.weight"] = arrays[f"{prefix}wte.weight"].copy()
     write_hf(tmp_path / "in", arrays)
-    utils.convert(tmp_path / "in", tmp_path / "out")
-    assert_equal(utils.load_params(tmp_path / "out"), openai_files.random_arrays(TINY))
+    weights.convert(tmp_path / "in", tmp_path / "out")
+    assert_equal(llmc.load_params(tmp_path / "out"), openai_files.random_arrays(TINY))
 
 
 def test_hf_f16_and_bf16_become_float32(tmp_path):
@@ -656,8 +663,8 @@ def test_hf_f16_and_bf16_become_float32(tmp_path):
         ("f16", half[name].astype("f4")),
         ("bf16", (arrays[name].view("u4") >> 16 << 16).view("f4")),
     ]:
-        utils.convert(tmp_path / kind, tmp_path / f"{kind}_out")
-        found = utils.load_params(tmp_path / f"{kind}_out").named[ours]
+        weights.convert(tmp_path / kind, tmp_path / f"{kind}_out")
+        found = llmc.load_params(tmp_path / f"{kind}_out").named[ours]
         assert np.array_equal(found, expected.T)
 
 
@@ -672,12 +679,12 @@ def test_hf_shards_are_read(tmp_path):
         write_safetensors(tmp_path / "in" / shard, part)
     index = tmp_path / "in" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": shards}), encoding="utf-8")
-    utils.convert(tmp_path / "in", tmp_path / "out")
-    assert_equal(utils.load_params(tmp_path / "out"), openai_files.random_arrays(TINY))
+    weights.convert(tmp_path / "in", tmp_path / "out")
+    assert_equal(llmc.load_params(tmp_path / "out"), openai_files.random_arrays(TINY))
     write_hf(tmp_path / "in")  # now there is a whole file, too, and the index is of no account
     index.write_text("{}", encoding="utf-8")
-    utils.convert(tmp_path / "in", tmp_path / "out")
-    assert_equal(utils.load_params(tmp_path / "out"), openai_files.random_arrays(TINY))
+    weights.convert(tmp_path / "in", tmp_path / "out")
+    assert_equal(llmc.load_params(tmp_path / "out"), openai_files.random_arrays(TINY))
     (tmp_path / "in" / "model.safetensors").unlink()
     index.write_text(json.dumps({"weight_map": {"x": "../" + names[0]}}), encoding="utf-8")
     assert "weight_map" in refusal(tmp_path / "in", tmp_path / "out2")
@@ -705,12 +712,12 @@ def test_hf_config_of_another_model_is_refused_by_name(tmp_path, name, value):
 def test_hf_config_that_means_the_same_is_accepted(tmp_path):
     same = {"activation_function": "gelu_pytorch_tanh", "n_inner": 32}
     write_hf(tmp_path / "in", config={**same, "reorder_and_upcast_attn": True})
-    utils.convert(tmp_path / "in", tmp_path / "out")
+    weights.convert(tmp_path / "in", tmp_path / "out")
 
 
 def test_hf_config_defaults_are_those_of_transformers(tmp_path):
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    assert utils.read_hf_config(tmp_path / "config.json") == Config(50257, 1024, 768, 12, 12)
+    assert huggingface.read_hf_config(tmp_path / "config.json") == Config(50257, 1024, 768, 12, 12)
 
 
 def changed(name, array):
@@ -764,7 +771,7 @@ def test_safetensors_cut_or_extended_anywhere_is_refused(tmp_path):
     for data in [good[:n] for n in range(0, len(good), 499)] + [good + b"x", b"\xff" * 100]:
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"model\.safetensors: "):
-            utils.read_safetensors(path)
+            huggingface.read_safetensors(path)
 
 
 @settings(deadline=None, max_examples=200)
@@ -789,7 +796,7 @@ def test_safetensors_of_any_header_give_an_object_or_value_error(tmp_path_factor
         text = json.dumps(value).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text)
         with contextlib.suppress(ValueError):
-            assert isinstance(utils.read_safetensors(path), dict)
+            assert isinstance(huggingface.read_safetensors(path), dict)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -798,7 +805,7 @@ def test_safetensors_of_any_header_give_an_object_or_value_error(tmp_path_factor
 
 def test_convert_says_when_there_is_no_tokenizer(tmp_path, capsys):
     write_hf(tmp_path / "in")
-    utils.convert(tmp_path / "in", tmp_path / "out")
+    weights.convert(tmp_path / "in", tmp_path / "out")
     assert "no tokenizer there" in capsys.readouterr().err
     assert list(contents(tmp_path / "out")) == ["model.bin"]
 
@@ -812,28 +819,28 @@ def test_convert_accepts_a_model_file_of_every_version(tmp_path, version):
     values = (params.flat.view("u4") >> 16).astype("<u2") if version == 5 else values
     openai_files.write_tokenizer(tmp_path)
     write_bin(tmp_path / "model.bin", version, TINY, values)
-    utils.convert(tmp_path / "model.bin", tmp_path / "out")
-    assert utils.load_params(tmp_path / "out").flat.tobytes() == params.flat.tobytes()
-    assert len(utils.load_tokenizer(tmp_path / "out")[0]) == 260
+    weights.convert(tmp_path / "model.bin", tmp_path / "out")
+    assert llmc.load_params(tmp_path / "out").flat.tobytes() == params.flat.tobytes()
+    assert len(token_table.load_tokenizer(tmp_path / "out")[0]) == 260
 
 
 @pytest.mark.parametrize("to", ["bin", "hf"])
 def test_convert_onto_itself_is_refused_and_harmless(tmp_path, to):
-    utils.save_params(tmp_path / "model.bin", random_params())
+    llmc.save_params(tmp_path / "model.bin", random_params())
     before = contents(tmp_path)
     for source in (tmp_path, tmp_path / "model.bin"):
         with pytest.raises(ValueError, match="is the source itself"):
-            utils.convert(source, tmp_path / "x" / "..", to)
+            weights.convert(source, tmp_path / "x" / "..", to)
     assert contents(tmp_path) == before
 
 
 def test_convert_keeps_the_old_target_when_the_source_is_bad(tmp_path):
     openai_files.write_checkpoint(tmp_path / "good")
     openai_files.write_checkpoint(tmp_path / "bad", **{"model/wte": {"crc": b"abcd"}})
-    utils.convert(tmp_path / "good", tmp_path / "out")
+    weights.convert(tmp_path / "good", tmp_path / "out")
     before = contents(tmp_path / "out")
     with pytest.raises(ValueError, match="wrong CRC of tensor model/wte"):
-        utils.convert(tmp_path / "bad", tmp_path / "out")
+        weights.convert(tmp_path / "bad", tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
 
@@ -841,10 +848,10 @@ def test_convert_does_not_mix_two_models_files(tmp_path):
     openai_files.write_checkpoint(tmp_path / "with")
     write_hf(tmp_path / "without")
     for to, name in (("bin", "tokenizer.bin"), ("hf", "vocab.json")):
-        utils.convert(tmp_path / "with", tmp_path / to, to)
+        weights.convert(tmp_path / "with", tmp_path / to, to)
         before = contents(tmp_path / to)
         with pytest.raises(ValueError, match=f"{name} would be left from another model"):
-            utils.convert(tmp_path / "without", tmp_path / to, to)
+            weights.convert(tmp_path / "without", tmp_path / to, to)
         assert contents(tmp_path / to) == before
 
 
@@ -854,7 +861,7 @@ def test_convert_compares_tokenizer_and_model(tmp_path, capsys):
     assert "260 tokens exceed the model's 259" in refusal(tmp_path / "small", tmp_path / "out")
     large = Config(n_vocab=300, n_ctx=8, n_embd=8, n_head=2, n_layer=1)
     openai_files.write_checkpoint(tmp_path / "large", large)
-    utils.convert(tmp_path / "large", tmp_path / "out")
+    weights.convert(tmp_path / "large", tmp_path / "out")
     assert "260 tokens, fewer than the model's 300" in capsys.readouterr().err
 
 
@@ -866,7 +873,7 @@ def test_convert_of_something_else_says_what_was_found(tmp_path):
     (tmp_path / "in" / "pytorch_model.bin").touch()
     assert "safetensors" in refusal(tmp_path / "in", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        utils.convert(tmp_path / "absent", tmp_path / "out")
+        weights.convert(tmp_path / "absent", tmp_path / "out")
 
 
 def test_convert_to_a_file_is_refused(tmp_path):
@@ -874,7 +881,7 @@ def test_convert_to_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for name in ("file", "model.bin"):
         with pytest.raises(ValueError, match="give a folder"):
-            utils.convert(tmp_path / "in", tmp_path / name)
+            weights.convert(tmp_path / "in", tmp_path / name)
 
 
 def test_convert_command_writes_nothing_to_standard_output(run, tmp_path):
@@ -914,9 +921,9 @@ SITE = Config(n_vocab=openai_files.N_VOCAB, n_ctx=2048, n_embd=16, n_head=2, n_l
 def site(tmp_path, monkeypatch):
     """A server of a small model as 124M, whose token files are the expected ones."""
     openai_files.write_checkpoint(tmp_path / "site" / "124M", SITE)
-    for name in utils.TOKENIZER_SHA256:
-        digest = utils.file_hash(tmp_path / "site" / "124M" / name, "sha256").hexdigest()
-        monkeypatch.setitem(utils.TOKENIZER_SHA256, name, digest)
+    for name in hub.TOKENIZER_SHA256:
+        digest = files.file_hash(tmp_path / "site" / "124M" / name, "sha256").hexdigest()
+        monkeypatch.setitem(hub.TOKENIZER_SHA256, name, digest)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with openai_files.serve(tmp_path / "site") as server:
         yield server
@@ -928,7 +935,7 @@ def fetch(site, tmp_path):
 
     def fetch(name="124M", **kwargs):
         kwargs = {"base_url": site.url, "pause": fetch.pauses.append, **kwargs}
-        return utils.download(name, tmp_path / "models", **kwargs)
+        return hub.download(name, tmp_path / "models", **kwargs)
 
     fetch.pauses, fetch.folder = [], tmp_path / "models" / "124M"
     return fetch
@@ -936,13 +943,13 @@ def fetch(site, tmp_path):
 
 def assert_fetched(folder):
     assert sorted(path.name for path in folder.iterdir()) == RESULT
-    assert_equal(utils.load_params(folder), openai_files.random_arrays(SITE))
+    assert_equal(llmc.load_params(folder), openai_files.random_arrays(SITE))
 
 
 def test_download_converts_and_cleans_up(fetch, site, capsys):
     assert fetch() == fetch.folder
     assert_fetched(fetch.folder)
-    assert [name for name, *_ in site.log] == list(utils.OPENAI_FILES)
+    assert [name for name, *_ in site.log] == list(hub.OPENAI_FILES)
     err = capsys.readouterr().err
     assert "hparams.json: not the file known for this model" in err
     assert "encoder.json: not the file" not in err
@@ -961,7 +968,7 @@ def test_download_again_finds_the_work_done(fetch, site, capsys):
 def test_download_keeps_openais_files_when_asked(fetch):
     fetch(keep=True)
     kept = fetch.folder / "openai"
-    assert sorted(path.name for path in kept.iterdir()) == sorted(utils.OPENAI_FILES)
+    assert sorted(path.name for path in kept.iterdir()) == sorted(hub.OPENAI_FILES)
     assert sorted(path.name for path in fetch.folder.iterdir()) == [RESULT[0], "openai", RESULT[1]]
 
 
@@ -1019,7 +1026,7 @@ def test_download_gives_up_in_the_end(fetch, site):
     assert not (fetch.folder / "model.bin").exists()
     site.log.clear()
     fetch()
-    assert [name for name, *_ in site.log] == list(utils.OPENAI_FILES[2:])
+    assert [name for name, *_ in site.log] == list(hub.OPENAI_FILES[2:])
     assert_fetched(fetch.folder)
 
 
@@ -1037,7 +1044,7 @@ def test_download_of_a_file_that_changed_starts_over(fetch, site, config, etag):
     for name in ("hparams.json", "model.ckpt.index"):
         (fetch.folder / ".download" / name).unlink()
     fetch()  # half of each would fail the CRC
-    assert_equal(utils.load_params(fetch.folder), arrays)
+    assert_equal(llmc.load_params(fetch.folder), arrays)
 
 
 @pytest.mark.parametrize("fault", [403, 404, 410])
@@ -1105,14 +1112,14 @@ def test_download_stopped_and_repeated_goes_on(fetch, site):
 
 
 def test_download_stopped_before_a_rename_asks_for_nothing_again(fetch, site, monkeypatch):
-    monkeypatch.setattr(utils, "check_hashes", lambda *args: 1 / 0)
+    monkeypatch.setattr(http, "check_hashes", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fetch()
     monkeypatch.undo()
-    monkeypatch.setattr(utils, "TOKENIZER_SHA256", {})
+    monkeypatch.setattr(hub, "TOKENIZER_SHA256", {})
     site.log.clear()
     fetch()
-    assert [name for name, *_ in site.log] == list(utils.OPENAI_FILES[1:])
+    assert [name for name, *_ in site.log] == list(hub.OPENAI_FILES[1:])
 
 
 def test_download_stopped_while_cleaning_up_is_cleaned_up(fetch, capsys):
@@ -1148,7 +1155,7 @@ def test_download_twice_at_once_fetches_once(fetch, site, capsys):
     finished.set()
     first.join(10)
     second.join(10)
-    assert len(site.log) == len(utils.OPENAI_FILES) + 1
+    assert len(site.log) == len(hub.OPENAI_FILES) + 1
     assert "waiting for another download" in capsys.readouterr().err
     assert_fetched(fetch.folder)
 
@@ -1181,7 +1188,7 @@ def test_download_refuses_an_unknown_name(fetch, name):
 
 def test_names_of_every_model_are_known():
     known = ["117M", "124M", "gpt2", "345M", "gpt2-medium", "774M", "gpt2-large", "gpt2-xl"]
-    names = [utils.resolve_name(name) for name in known]
+    names = [hub.resolve_name(name) for name in known]
     assert names == ["124M"] * 3 + ["355M"] * 2 + ["774M"] * 2 + ["1558M"]
 
 
@@ -1207,13 +1214,13 @@ def test_download_command_as_a_user_walks_it(shared, run, tmp_path):
     assert "already downloaded" in second.stderr
     folder = tmp_path / "models" / "124M"
     assert sorted(path.name for path in folder.iterdir()) == RESULT
-    assert utils.load_params(folder).config.n_embd == 16
+    assert llmc.load_params(folder).config.n_embd == 16
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a signal that cannot be caught")
 def test_download_killed_outright_goes_on(site, fetch):
     site.faults["encoder.json"] = ["hang"]
-    code = "import sys, utils; utils.download('124M', sys.argv[1])"
+    code = "import sys; from gpt2_support import hub; hub.download('124M', sys.argv[1])"
     env = {**os.environ, "GPT2_BASE_URL": site.url, "NO_PROXY": "127.0.0.1"}
     argv = [sys.executable, "-c", code, str(fetch.folder.parent)]
     process = subprocess.Popen(argv, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
@@ -1234,23 +1241,23 @@ def test_what_a_file_cannot_hold_is_refused_and_leaves_the_file_alone(tmp_path, 
     path = tmp_path / "it.bin"
     path.write_bytes(b"good")
     with pytest.raises(ValueError, match=r"a token of 256 bytes exceeds the 255 that .*it\.bin"):
-        utils.save_tokenizer(path, [b"a", b"b" * 256], None)
+        token_table.save_tokenizer(path, [b"a", b"b" * 256], None)
     with pytest.raises(ValueError, match="16-bit ids, 65536 at most"):
-        utils.save_tokens(path, [], 65537)
+        llmc.save_tokens(path, [], 65537)
     with pytest.raises(ValueError, match=r"an array of shape \(2,\), expected \(3,\)"):
-        utils.write_array(None, np.zeros(2), (3,))
+        llmc.write_array(None, np.zeros(2), (3,))
 
     class Many(np.ndarray):
         def __len__(self):
             return 2**31
 
     with pytest.raises(ValueError, match="2147483648 tokens exceed"):
-        utils.save_tokens(path, [np.zeros(1).view(Many)], 300)
+        llmc.save_tokens(path, [np.zeros(1).view(Many)], 300)
     assert path.read_bytes() == b"good"
     assert os.listdir(tmp_path) == ["it.bin"]
 
 
 def test_a_block_of_an_index_may_be_empty():
-    assert list(utils.block_entries(bytes(4) + b"\x01\0\0\0")) == []  # one restart, no entry
+    assert list(tensorflow.block_entries(bytes(4) + b"\x01\0\0\0")) == []  # one restart, no entry
     with pytest.raises(ValueError, match="a block of 8 bytes cannot hold 2 restarts"):
-        list(utils.block_entries(bytes(4) + b"\x02\0\0\0"))
+        list(tensorflow.block_entries(bytes(4) + b"\x02\0\0\0"))

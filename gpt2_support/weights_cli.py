@@ -1,0 +1,98 @@
+"""The commands `download` and `convert`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt2_support.cli import ArgumentParser
+from gpt2_support.hub import MODEL_ALIASES, MODEL_NAMES, MODELS_DIR, OPENAI_URL, download
+from gpt2_support.weights import convert
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+    Buffer = bytes | bytearray | memoryview | ndarray
+
+
+# The commands `download` and `convert`
+
+
+def parse_args():
+    """Return the arguments of `python utils.py`."""
+    parser = ArgumentParser(
+        description="Get GPT-2's weights, and convert them between formats. Each command has "
+        "a --help of its own.",
+        examples=[
+            "python utils.py download 124M",
+            "python utils.py convert path/to/gpt2 models/mine",
+            "python utils.py convert --help",
+        ],
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_download(commands)
+    add_convert(commands)
+    return parser.parse_args()
+
+
+def add_download(commands):
+    """Describe the command `download`."""
+    parser = commands.add_parser(
+        "download",
+        help="fetch one of OpenAI's models and convert it",
+        description="Fetch one of OpenAI's models and convert it to models/<name>/model.bin and "
+        "tokenizer.bin. A download that was interrupted goes on where it stopped; one that is "
+        "done is left alone. Proxies are taken from HTTPS_PROXY and its relatives.",
+        examples=[
+            "python utils.py download 124M",
+            "python utils.py download 355M --models_dir /data/models",
+        ],
+    )
+    add = parser.add_argument
+    add("name", choices=[*MODEL_NAMES, *MODEL_ALIASES], metavar="NAME", help=NAME_HELP)
+    add("--models_dir", metavar="DIR", type=Path, default=MODELS_DIR, help="the folder of models")
+    add(
+        "--base_url",
+        metavar="URL",
+        default=os.environ.get("GPT2_BASE_URL") or OPENAI_URL,
+        help="where NAME/encoder.json and the others lie; also set by GPT2_BASE_URL in the "
+        "environment",
+    )
+    add("--keep", action="store_true", help="keep OpenAI's files, in models/<name>/openai")
+
+
+NAME_HELP = f"{', '.join(MODEL_NAMES)}, or one of the aliases {', '.join(MODEL_ALIASES)}"
+
+
+def add_convert(commands):
+    """Describe the command `convert`."""
+    parser = commands.add_parser(
+        "convert",
+        help="convert a model from or to another format",
+        description="Convert a model, and the tokenizer beside it. SOURCE is a folder in OpenAI's "
+        "layout (hparams.json, model.ckpt.*), in Hugging Face's (config.json, model.safetensors), "
+        "one of our model folders, or a model .bin file. What TARGET holds is replaced only when "
+        "the whole of SOURCE has been read and verified.",
+        examples=[
+            "python utils.py convert path/to/gpt2 models/mine",
+            "python utils.py convert models/mine path/to/hf --to hf",
+        ],
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", type=Path, help="a folder, or a model .bin file")
+    add("target", metavar="TARGET", type=Path, help="the folder to write")
+    add(
+        "--to",
+        choices=["bin", "hf"],
+        default="bin",
+        help="what to write: our model.bin and tokenizer.bin, or what transformers loads",
+    )
+
+
+def main():
+    args = parse_args()
+    if args.command == "download":
+        download(args.name, args.models_dir, args.base_url, args.keep)
+    else:
+        convert(args.source, args.target, args.to)
