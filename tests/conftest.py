@@ -47,9 +47,9 @@ def import_checked():
     Dtypes are checked, and that dimensions of one name agree, in every call. Not so constructors
     and the readers of `gpt2_support`, which refuse bad values themselves.
     """
-    import beartype.door
+    import beartype.door  # noqa: F401
     import jaxtyping
-    import numpy.typing  # noqa: F401 (beartype and this come before the patch, not meant for them)
+    import numpy.typing  # noqa: F401 (this and beartype do not support the patch: before it)
 
     with (
         mock.patch.object(typing, "TYPE_CHECKING", True),  # the names of types are to be there
@@ -97,5 +97,24 @@ def run():
         argv = [sys.executable, str(ROOT / script), *map(str, args)]
         kwargs = {"capture_output": True, "text": True, "encoding": "utf-8", **kwargs}
         return subprocess.run(argv, cwd=ROOT, timeout=300, **kwargs)
+
+    return command
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """`call(gpt2, "--help")` is `run("gpt2.py", "--help")` in this process: 50 times as fast.
+
+    The folder is the repository, `stdin=` a str. What was printed before is thrown away.
+    """
+    from helpers import run_in_process
+
+    def command(module, *args, stdin=""):
+        monkeypatch.chdir(ROOT)
+        capsys.readouterr()
+        done = run_in_process(module, args, stdin)
+        out, err = capsys.readouterr()
+        done.stdout, done.stderr = out, err + done.stderr
+        return done
 
     return command

@@ -1,0 +1,55 @@
+"""What several test files need: small models, random parameters and tokens, commands in process.
+
+    from helpers import TINY, random_params, random_tokens
+
+The fixtures are in conftest.py; among them `call`, which runs a command in this process, and
+`run`, which starts an interpreter for it.
+"""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from gpt2_support import blas, cli
+from gpt2_support.params import Config, Params, n_params
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = Config(n_vocab=61, n_ctx=16, n_embd=12, n_head=3, n_layer=2)
+TINY = Config(n_vocab=260, n_ctx=8, n_embd=8, n_head=2, n_layer=2)  # for any bytes and 4 more ids
+TEXT = "one fish two fish red fish blue fish\nold fish new fish\n" * 60
+
+
+def random_params(config=CONFIG, dtype=np.float64, seed=0, scale=0.3):
+    """Return Params far from any symmetry: N(0, scale), gains around 1, the padding zero."""
+    rng = np.random.default_rng(seed)
+    params = Params(config, np.zeros(n_params(config), dtype))
+    for name, array in params.named.items():
+        array[...] = name.endswith("/g") + scale * rng.standard_normal(array.shape)
+    return params
+
+
+def random_tokens(*shape, config=CONFIG, seed=1):
+    """Return ids of the vocabulary of a config, int64."""
+    return np.random.default_rng(seed).integers(config.n_vocab, size=shape)
+
+
+def run_in_process(module, args, stdin=""):
+    """Run the command of a module, `gpt2` say, as its own process would: argv, streams, status.
+
+    Returns a CompletedProcess without the output, which pytest captures. A stream of standard
+    input that is not a terminal holds `stdin`. BLAS has as many threads afterwards as before.
+    """
+    argv, threads, old = [f"{module.__name__}.py", *map(str, args)], blas.get_threads(), sys.stdin
+    before, status, error = sys.argv, 0, ""
+    sys.argv, sys.stdin = argv, io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8")
+    try:
+        cli.run(module.main)
+    except SystemExit as exit:
+        status, error = (1, f"{exit.code}\n") if isinstance(exit.code, str) else (exit.code, "")
+    finally:
+        sys.argv, sys.stdin = before, old
+        blas.set_threads(threads)
+    return subprocess.CompletedProcess(argv, status or 0, "", error)
