@@ -474,9 +474,10 @@ def vocabulary_size(text):
     return n_vocab
 
 
-def parse_args():
+def parse_args(argv=None):
     """Return the arguments of `python encoder.py`."""
     parser = cli.ArgumentParser(
+        prog="encoder.py",
         description="Learn a tokenizer from text, and encode text to token ids for training. Each "
         "command has a --help of its own.",
         examples=[
@@ -530,12 +531,12 @@ def parse_args():
     sub.add_argument(
         "--n_procs", type=cli.positive_int, default=os.cpu_count() or 1, help="processes to use"
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main():
+def main(argv=None):
     """Run the command line: `python encoder.py --help`."""
-    args = parse_args()
+    args = parse_args(argv)
     n_bytes = sum(os.path.getsize(path) for path in args.texts)
     if args.command == "train":
         train_files(args.texts, args.n_vocab).save(args.out)
@@ -550,5 +551,10 @@ def main():
         )
 
 
-if __name__ == "__main__":
+def command():
+    """Run the installed command `gpt2-tokenize`."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

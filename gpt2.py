@@ -1099,27 +1099,11 @@ def check_tokenizer(name: str | Path, params: Params, enc: encoder.Encoder) -> N
         raise ValueError(f"{name}: the tokenizer has {found}: they do not belong together")
 
 
-def find_default_model(models_dir: str | Path) -> Path:
-    """Return the path of 124M or, where it cannot be downloaded, of the bundled small model."""
-    try:
-        return hub.find_model("124M", models_dir)
-    except ConnectionError:
-        path = Path(models_dir) / "stories"
-        if not (path / "model.bin").exists():
-            raise
-        messages.info(
-            "GPT-2 is not here and its server cannot be reached: using the bundled model "
-            "`stories`, which tells children's stories. For GPT-2 itself, on a network: "
-            "python utils.py download 124M"
-        )
-        return path
-
-
 def main(argv=None):
     """Run the command line: `python gpt2.py --help`."""
     args, parser = parse_args(argv)
     if args.model is None:
-        path = find_default_model(args.models_dir)
+        path = hub.find_default_model(args.models_dir)
     else:
         path = hub.find_model(args.model, args.models_dir)
     params = llmc.load_params(path)
@@ -1137,5 +1121,10 @@ def main(argv=None):
         messages.info(message)
 
 
-if __name__ == "__main__":
+def command():
+    """Run the installed command `gpt2`."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -36,7 +36,7 @@ import numpy as np
 
 import encoder
 import gpt2
-from gpt2_support import blas, cli, files, hub, messages
+from gpt2_support import blas, cli, files, folders, hub, messages
 from gpt2_support.formats import llmc
 from gpt2_support.params import Config, Params, layout
 
@@ -1096,7 +1096,7 @@ def parse_args(argv=None, ranks=None):
 
 
 def out_folder(args):
-    return args.out or args.models_dir / args.data.stem
+    return args.out or folders.trained_models_dir(args.models_dir) / args.data.stem
 
 
 def is_text(path):
@@ -1365,5 +1365,10 @@ def main(argv=None):
             train_command(args)
 
 
-if __name__ == "__main__":
+def command():
+    """Run the installed command `gpt2-train`."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,30 +1,74 @@
-"""What the command lines share: the argument parser, and errors into an exit status."""
+"""What the command lines share: how to call our programs, their parser and their exit status."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
+import re
+import shlex
 import shutil
+import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from numpy import ndarray
+from gpt2_support import __version__, folders
 
-    Buffer = bytes | bytearray | memoryview | ndarray
+# What the programs of a checkout are called where the package is installed.
+COMMANDS = {
+    "gpt2.py": "gpt2",
+    "train.py": "gpt2-train",
+    "encoder.py": "gpt2-tokenize",
+    "utils.py": "gpt2-weights",
+}
+PROGRAM = re.compile(r"(python )?\b(gpt2|train|encoder|utils)\.py\b")
 
 
-# Commands: what the four programs share
+def is_command() -> bool:
+    """Tell whether users call `gpt2` here; in a checkout they call `python gpt2.py`."""
+    name = Path(sys.argv[0]).name.removesuffix(".exe")
+    return folders.INSTALLED or name in COMMANDS.values()
+
+
+def command_name(program: str) -> str:
+    """Return what a program, "gpt2.py" say, is called here: its command or the file itself."""
+    return COMMANDS[program] if is_command() else program
+
+
+def command(program: str, *args: object) -> str:
+    """Return what to type here to run a program, with these arguments."""
+    words = [COMMANDS[program]] if is_command() else ["python", script_path(program)]
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join([*words, *map(str, args)])
+
+
+def script_path(program: str) -> str:
+    """Return the path of a program of the checkout, from the current folder if there is a way."""
+    path = folders.PACKAGE.parent / program
+    try:
+        return os.path.relpath(path)
+    except (ValueError, OSError):  # another drive of Windows, a folder that has been removed
+        return str(path)
+
+
+def as_typed(text: str) -> str:
+    """Return a help text with `python gpt2.py` and `gpt2.py` as one has to write them here."""
+
+    def spell(match: re.Match[str]) -> str:
+        program = f"{match[2]}.py"
+        return command(program) if match[1] else command_name(program)
+
+    return PROGRAM.sub(spell, text)
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser, with errors on one line (exit status 2) and a `--help` like a manual page.
 
-    `examples` are command lines. Paragraphs of the texts are wrapped, indented lines left as they
-    are; defaults are preview, but for nothing (None, False, "", []).
+    `examples` are command lines. Every text calls our programs as in a checkout, `python gpt2.py`,
+    and is shown with the names that they have here. Paragraphs are wrapped and indented lines left
+    as they are. Defaults are shown unless they are nothing (None, False, "", []).
     """
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -34,31 +78,41 @@ class ArgumentParser(argparse.ArgumentParser):
 
         def _fill_text(self, text, width, indent):
             wrapper = textwrap.TextWrapper(width, indent, indent, break_on_hyphens=False)
-            lines = text.splitlines()
+            lines = as_typed(text).splitlines()
             return "\n".join(x if x[:1] in ("", " ") else wrapper.fill(x) for x in lines)
 
         def _get_help_string(self, action):
             nothing = action.default is None or action.default is False
             nothing = nothing or action.default in ("", [])
-            return action.help if nothing else super()._get_help_string(action)
+            return as_typed(action.help if nothing else super()._get_help_string(action))
 
         def _get_default_metavar_for_optional(self, action):
             return METAVARS.get(getattr(action.type, "__name__", None), "TEXT")
 
-    def __init__(self, examples=(), **kwargs):
+    def __init__(self, examples=(), prog=None, **kwargs):
         parts = ["\n  ".join(["examples:", *examples]), EXIT_STATUS]
         kwargs["epilog"] = "\n\n".join(parts[not examples :])
-        super().__init__(formatter_class=self.Formatter, **kwargs)
+        prog = as_typed(prog or Path(sys.argv[0]).name)
+        super().__init__(prog=prog, formatter_class=self.Formatter, **kwargs)
+        if " " not in prog:  # one of the programs, not a command of it
+            version = f"%(prog)s {__version__}"
+            self.add_argument("--version", action="version", version=version, help=VERSION_HELP)
+
+    def add_argument_group(self, title=None, *args, **kwargs):
+        return super().add_argument_group(title and as_typed(title), *args, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
 # What stands for a flag's value in --help, by its type.
-METAVARS = {"int": "N", "positive_int": "N", "natural": "N", "vocabulary_size": "N"}
-
-
-METAVARS |= {"float": "X", "number": "X", "str": "NAME", "Path": "PATH"}
+METAVARS = {
+    **dict.fromkeys(("int", "positive_int", "natural", "vocabulary_size"), "N"),
+    **dict.fromkeys(("float", "number"), "X"),
+    "str": "NAME",
+    "Path": "PATH",
+}
+VERSION_HELP = "show the version of the program and exit"
 
 
 EXIT_STATUS = """exit status:
@@ -66,7 +120,7 @@ EXIT_STATUS = """exit status:
   argument; 130 Ctrl-C"""
 
 
-def positive_int(text):
+def positive_int(text: str) -> int:
     """Return the whole number of 1 or more that a flag was given, for argparse's `type=`."""
     with contextlib.suppress(ValueError):
         if int(text) >= 1:
@@ -74,8 +128,11 @@ def positive_int(text):
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
 
 
-def run(main):
-    """Call a program's `main` and exit: 0, or 1 with the error on one line, 130 after Ctrl-C."""
+def run(main: Callable[[], object]) -> None:
+    """Call a program's `main` and exit: 0, or 1 with the error on one line, 130 after Ctrl-C.
+
+    The entry points of the installed commands call it, as does `python gpt2.py`.
+    """
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):  # None if closed
         stream.reconfigure(errors="replace")  # a console that lacks a character prints a "?"
     try:
@@ -88,4 +145,5 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
+        name = Path(sys.argv[0]).name.removesuffix(".exe")
+        sys.exit(f"{name}: error: {' '.join(str(error).split())}")

@@ -11,6 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from gpt2_support import cli
 from gpt2_support.files import (
     DamagedFile,
     atomic_write,
@@ -62,7 +63,8 @@ def fetch(url, path, sha256=None, reached=False, pause=time.sleep):
         if failures >= (MOST_FAILURES if reached else 2):
             if isinstance(problem, DamagedFile):
                 raise ValueError(f"{url}: {reason}")
-            raise ConnectionError(f"{url}: {reason}. {NETWORK_ADVICE}")
+            convert = cli.command("utils.py", "convert", "--help")
+            raise ConnectionError(f"{url}: {reason}. {NETWORK_ADVICE}: {convert}")
         seconds = max(2 ** (failures - 1), getattr(problem, "pause", 0))
         info(f"{path.name}: {reason}; trying again in {seconds} s")
         pause(seconds)
@@ -70,7 +72,7 @@ def fetch(url, path, sha256=None, reached=False, pause=time.sleep):
 
 NETWORK_ADVICE = (
     "Run this again to go on from here; or check the network and HTTPS_PROXY, name a mirror with "
-    "--base_url or GPT2_BASE_URL, or use a model that you have: python utils.py convert --help"
+    "--base_url or GPT2_BASE_URL, or use a model that you have"
 )
 
 

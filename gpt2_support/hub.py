@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2_support import cli
 from gpt2_support.files import file_hash, only_process, remove_if_empty
+from gpt2_support.folders import BUNDLED_MODEL, MODELS_DIR, candidates
 from gpt2_support.formats.llmc import load_params
 from gpt2_support.formats.token_table import load_tokenizer
 from gpt2_support.http import fetch
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
     Buffer = bytes | bytearray | memoryview | ndarray
-
-
-MODELS_DIR = Path(__file__).resolve().parent.parent / "models"
 
 
 # Downloads. Every file goes to `<file>.part`, beside which `<file>.part.json` keeps what the
@@ -110,21 +109,37 @@ def download(name, models_dir=MODELS_DIR, base_url=None, keep=False, pause=time.
     return folder
 
 
-def find_model(name, models_dir=MODELS_DIR):
-    """Return the path of a model: `name` itself if it is one, or that model of `models_dir`.
+def find_model(name: str | Path, models_dir: str | Path = MODELS_DIR) -> Path:
+    """Return the path of a model: `name` itself if it is one, or a model of that name.
 
-    One of OpenAI's models that is not there yet is downloaded. Raises FileNotFoundError for any
-    other name.
+    Names are looked up in `models_dir`, in `models` of the current folder and among the bundled
+    models. One of OpenAI's models that is not there is downloaded. Raises FileNotFoundError for
+    any other name.
     """
-    for path in (Path(name), Path(models_dir) / MODEL_ALIASES.get(str(name), name)):
+    paths = [Path(name), *candidates(MODEL_ALIASES.get(str(name), name), models_dir)]
+    for path in paths:
         if path.is_file() or (path / "model.bin").is_file():
             return path
     if name in MODEL_NAMES or name in MODEL_ALIASES:
         return download(name, models_dir)
     raise FileNotFoundError(
-        f"no model {name}: there is no such file, no model.bin in such a folder nor in "
-        f"{Path(models_dir) / name}, and it is not one of {', '.join(MODEL_NAMES)} to download"
+        f"no model {name}: expected a model file, or a folder with model.bin, at one of "
+        f"{', '.join(map(str, paths))}, or one of {', '.join(MODEL_NAMES)} to download"
     )
+
+
+def find_default_model(models_dir: str | Path = MODELS_DIR) -> Path:
+    """Return the path of 124M or, where it cannot be downloaded, of the bundled model."""
+    try:
+        return find_model("124M", models_dir)
+    except ConnectionError:
+        path = find_model(BUNDLED_MODEL, models_dir)
+        info(
+            "GPT-2 is not here and its server cannot be reached: using the bundled model "
+            f"`{BUNDLED_MODEL}`, which tells children's stories. For GPT-2 itself, on a network: "
+            + cli.command("utils.py", "download", "124M")
+        )
+        return path
 
 
 def find_problem(folder):

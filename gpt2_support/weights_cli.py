@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from gpt2_support.cli import ArgumentParser
+from gpt2_support.cli import ArgumentParser, run
 from gpt2_support.hub import MODEL_ALIASES, MODEL_NAMES, MODELS_DIR, OPENAI_URL, download
 from gpt2_support.weights import convert
 
-if TYPE_CHECKING:
-    from numpy import ndarray
 
-    Buffer = bytes | bytearray | memoryview | ndarray
-
-
-# The commands `download` and `convert`
-
-
-def parse_args():
+def parse_args(argv=None):
     """Return the arguments of `python utils.py`."""
     parser = ArgumentParser(
+        prog="utils.py",
         description="Get GPT-2's weights, and convert them between formats. Each command has "
         "a --help of its own.",
         examples=[
@@ -33,7 +25,7 @@ def parse_args():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_download(commands)
     add_convert(commands)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def add_download(commands):
@@ -90,9 +82,15 @@ def add_convert(commands):
     )
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    """Run the command line: `python utils.py --help`."""
+    args = parse_args(argv)
     if args.command == "download":
         download(args.name, args.models_dir, args.base_url, args.keep)
     else:
         convert(args.source, args.target, args.to)
+
+
+def command():
+    """Run the installed command `gpt2-weights`."""
+    run(main)

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import sys
 
 import pytest
 
@@ -10,7 +9,7 @@ import encoder
 import gpt2
 import train
 import utils
-from gpt2_support import cli, weights_cli
+from gpt2_support import __version__, cli, folders, weights_cli
 
 COMMANDS = [
     (utils,),
@@ -23,8 +22,8 @@ COMMANDS = [
     (train,),
 ]
 PARSERS = {
-    "utils.py": lambda argv: weights_cli.parse_args(),
-    "encoder.py": lambda argv: encoder.parse_args(),
+    "utils.py": weights_cli.parse_args,
+    "encoder.py": encoder.parse_args,
     "gpt2.py": gpt2.parse_args,
     "train.py": lambda argv: train.make_parser().parse_args(argv),  # does not look at the files
 }
@@ -35,12 +34,12 @@ each_command = pytest.mark.parametrize(
 
 @pytest.fixture
 def page(command, capsys, monkeypatch):
-    """The `--help` of a command in a terminal of 80 columns."""
+    """The `--help` of a command in a terminal of 80 columns, in the folder of the project."""
     module, *names = command
+    monkeypatch.chdir(folders.PACKAGE.parent)
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *names, "--help"])
     with pytest.raises(SystemExit) as exit:
-        module.main()
+        module.main([*names, "--help"])
     out, err = capsys.readouterr()
     assert (exit.value.code, err) == (0, "")
     return out
@@ -54,9 +53,9 @@ def flags(page):
 
 @each_command
 def test_help_tells_what_how_and_the_exit_status(command, page):
-    usage, what, *_ = page.split("\n\n")
+    usage, description, *_ = page.split("\n\n")
     assert usage.startswith(f"usage: {command[0].__name__}.py")
-    assert len(what) > 50
+    assert len(description) > 50
     assert page.endswith(f"\n\n{cli.EXIT_STATUS}\n")
 
 
@@ -66,18 +65,28 @@ def test_help_fits_80_columns(command, page):
     assert all(len(line.split()) == 1 for line in too_long), too_long  # a path cannot be broken
 
 
+@pytest.mark.parametrize(
+    "module", [gpt2, train, encoder, utils], ids=lambda module: module.__name__
+)
+def test_version_is_that_of_the_package(module, capsys):
+    with pytest.raises(SystemExit) as exit:
+        module.main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"{module.__name__}.py {__version__}\n"
+
+
 @each_command
 def test_help_of_every_flag_says_its_default(command, page):
-    found = flags(page)
-    assert set(found) == set(re.findall(r"^  (--\w+)", page, re.M))
-    for flag, (metavar, help) in found.items():
+    described = flags(page)
+    assert set(described) == set(re.findall(r"^  (--\w+)", page, re.M))
+    for flag, (metavar, help) in described.items():
         assert len(help) > 8, flag
         if metavar:  # the others are off
             assert re.search(r"\(default: [^)]+\)|\(required", help), f"{flag} {help}"
 
 
 @each_command
-def test_help_examples_are_accepted(command, page, monkeypatch):
+def test_help_examples_are_accepted(command, page):
     examples = page.split("\nexamples:\n")[1].split("\n\n")[0].replace("\\\n", "")
     lines = [line.strip() for line in examples.splitlines()]
     assert lines
@@ -86,16 +95,15 @@ def test_help_examples_are_accepted(command, page, monkeypatch):
         assert (python, script) == ("python", f"{command[0].__name__}.py")
         assert list(command[1:]) == argv[: len(command) - 1]
         if "--help" not in argv:
-            monkeypatch.setattr(sys, "argv", [script, *argv])
             PARSERS[script](argv)
 
 
 @pytest.mark.parametrize("command", [(gpt2,), (train,)], ids=["gpt2", "train"])
 def test_help_groups_the_flags(command, page):
-    """None is left under "options" but --help."""
+    """Only --help and --version are left under "options"."""
     options = page.split("\noptions:\n")[1].split("\n\n")[0]
     assert options.split()[:2] == ["-h,", "--help"]
-    assert not flags(options + "\n")
+    assert set(flags(options + "\n")) == {"--version"}
     assert len(flags(page)) > 10
 
 
