@@ -1,7 +1,8 @@
-"""What the test files share: quick and thorough runs, the reference data, a command runner.
+"""What the test files share: quick and thorough runs, the reference data, commands.
 
 `pytest` is the quick run. `pytest --thorough` is everything: also the tests marked `thorough`, more
-examples of each property, and every call of every function checked against its annotations.
+examples of each property, and every call of every function checked against its annotations. Both
+use all cores, where pytest-xdist is installed; `-n 0` or the name of a test file keeps to one.
 """
 
 import subprocess
@@ -17,12 +18,31 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
-hypothesis.settings.register_profile("quick", max_examples=20, deadline=None)
-hypothesis.settings.register_profile("thorough", deadline=None)
+import gpt2_support.blas  # noqa: F401, E402 (before NumPy, which then loads OpenBLAS as users have it)
+
+EVERY_RUN = {
+    "deadline": None,  # other processes share the cores
+    "derandomize": True,
+    "suppress_health_check": [
+        hypothesis.HealthCheck.function_scoped_fixture,  # files of tmp_path are written anew
+        hypothesis.HealthCheck.too_slow,
+    ],
+}
+hypothesis.settings.register_profile("quick", max_examples=15, **EVERY_RUN)
+hypothesis.settings.register_profile("thorough", max_examples=100, **EVERY_RUN)
 
 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="run everything, types checked")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Without file names, as with `-n auto --dist worksteal`."""
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+        config.option.numprocesses = "auto"
+        config.option.dist = "worksteal"
 
 
 def pytest_configure(config):
@@ -42,20 +62,29 @@ def pytest_collection_modifyitems(config, items):
 
 
 def import_checked():
-    """Import the modules with every annotated function checking what it is given and returns.
+    """Import the modules so that a call of an annotated function checks arguments and result.
 
-    Dtypes are checked, and that dimensions of one name agree, in every call. Not so constructors
-    and the readers of `gpt2_support`, which refuse bad values themselves.
+    Checks dtypes, and that dimensions of one name agree. Leaves out constructors, and the rooms
+    that name no shapes: those refuse bad values themselves, which is what tests give them.
     """
     import beartype.door  # noqa: F401
     import jaxtyping
     import numpy.typing  # noqa: F401 (this and beartype do not support the patch: before it)
 
+    for name in [name for name in sys.modules if name.split(".")[0] == "gpt2_support"]:
+        del sys.modules[name]
     with (
         mock.patch.object(typing, "TYPE_CHECKING", True),  # the names of types are to be there
-        jaxtyping.install_import_hook(["encoder", "gpt2", "train"], "conftest.check_types"),
+        jaxtyping.install_import_hook(checked_modules(), "conftest.check_types"),
     ):
         import train  # noqa: F401 (which imports the others)
+
+
+def checked_modules():
+    """Return the names of the three modules, and of the rooms whose annotations name dimensions."""
+    rooms = (ROOT / "gpt2_support").glob("*.py")
+    named = [room.stem for room in rooms if "[ndarray, " in room.read_text(encoding="utf-8")]
+    return ["encoder", "gpt2", "train", *(f"gpt2_support.{name}" for name in named)]
 
 
 def check_types(function):

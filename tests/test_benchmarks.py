@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import TINY
 
 import encoder
 import gpt2
@@ -22,8 +23,6 @@ import train
 import worker
 from gpt2_support.formats import llmc, token_table
 from gpt2_support.params import Config, Params
-
-TINY = Config(n_vocab=260, n_ctx=8, n_embd=8, n_head=2, n_layer=2)
 
 
 def absent(party):
@@ -84,10 +83,10 @@ def test_naive_forward_agrees():
     params.flat[: params.wte.size] *= 20  # logits of about 1
     tokens = worker.prompt_ids(8, TINY.n_vocab)
     logits = naive.forward(tokens, naive.convert(params), TINY.n_head)
-    want = gpt2.forward(params, tokens)
+    expected = gpt2.forward(params, tokens)
     assert logits.dtype == np.float32  # it does not lose by slipping into float64
-    np.testing.assert_allclose(logits, want, rtol=0, atol=1e-5 * np.abs(want).max())
-    assert logits.argmax(-1).tolist() == want.argmax(-1).tolist()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert logits.argmax(-1).tolist() == expected.argmax(-1).tolist()
 
 
 def test_naive_generation_agrees():
@@ -96,9 +95,9 @@ def test_naive_generation_agrees():
         if name.endswith("/w"):
             array *= 20  # so that it does not say one token for ever
     prompt = worker.prompt_ids(3, TINY.n_vocab)
-    want = list(gpt2.generate(params, prompt, 5, eot=None))
-    assert len(set(want)) > 1
-    assert naive.generate(prompt, naive.convert(params), TINY.n_head, 5) == want
+    expected = list(gpt2.generate(params, prompt, 5, eot=None))
+    assert len(set(expected)) > 1
+    assert naive.generate(prompt, naive.convert(params), TINY.n_head, 5) == expected
 
 
 # --- the least work -----------------------------------------------------------------------------
@@ -163,9 +162,9 @@ def test_measure_leaves_out_the_warm_up():
         calls.append("work")
         time.sleep(0.002)
 
-    times = worker.measure(worker.Task(work, lambda: calls.append("warm")), 0.005)
-    assert calls == ["warm"] + ["work"] * len(times)
-    assert sum(times[:-1]) < 0.005 <= sum(times)
+    seconds = worker.measure(worker.Task(work, lambda: calls.append("warm")), 0.005)
+    assert calls == ["warm"] + ["work"] * len(seconds)
+    assert sum(seconds[:-1]) < 0.005 <= sum(seconds)
 
 
 def test_measure_counts_what_the_work_says():
@@ -217,7 +216,7 @@ def test_limit_is_the_median_of_whoever_was_fastest():
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "tolerance", "want"),
+    ("ours", "theirs", "tolerance", "expected"),
     [
         ([1, 2, 3], [1, 2, 3], None, "yes"),
         ([1, 2, 3], [1, 5, 3], None, "NO: the first 1 of 3"),
@@ -228,18 +227,19 @@ def test_limit_is_the_median_of_whoever_was_fastest():
         ([], [1], None, ""),
     ],
 )
-def test_results_are_compared(ours, theirs, tolerance, want):
+def test_results_are_compared(ours, theirs, tolerance, expected):
     entry = make_entry(job={"tolerance": tolerance} if tolerance else {})
     entry["results"]["ours"]["check"] = ours
     entry["results"]["pytorch"]["check"] = theirs
-    assert report.compare(entry, "pytorch") == want
+    assert report.compare(entry, "pytorch") == expected
 
 
 @pytest.mark.parametrize(
-    ("value", "want"), [(0.01234, "0.0123"), (9.996, "10.00"), (78.25, "78.2"), (12345.6, "12,346")]
+    ("value", "expected"),
+    [(0.01234, "0.0123"), (9.996, "10.00"), (78.25, "78.2"), (12345.6, "12,346")],
 )
-def test_significant_digits(value, want):
-    assert report.significant(value) == want
+def test_significant_digits(value, expected):
+    assert report.significant(value) == expected
 
 
 def test_plot_is_a_png(tmp_path):
@@ -251,6 +251,7 @@ def test_plot_is_a_png(tmp_path):
 # --- whole runs, tiny ---------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_every_item_of_ours_runs_where_no_peer_is(alone):
     record = measure("--repeats", 1)
     names = [item.name for item in items.make_items(items.TINY)]
@@ -270,24 +271,25 @@ def test_every_item_of_ours_runs_where_no_peer_is(alone):
     assert "not installed: pip install no-such-package" in table
 
 
+@pytest.mark.thorough
 def test_figures_are_those_of_the_processes(alone, monkeypatch, capsys):
-    found, run_json = [], suite.run_json
+    answers, run_json = [], suite.run_json
 
-    def remember(argv, env=None):
+    def record_answer(argv, env=None):
         answer = run_json(argv, env)
         if "seconds" in answer:
-            found.append((json.loads(argv[-1])["work"], argv[1], answer["seconds"]))
+            answers.append((json.loads(argv[-1])["work"], argv[1], answer["seconds"]))
         return answer
 
-    monkeypatch.setattr(suite, "run_json", remember)
+    monkeypatch.setattr(suite, "run_json", record_answer)
     record = measure("--repeats", 2, "--items", "decode_6", "adamw")
-    turns = [script.rsplit("/", 1)[-1] for work, script, _ in found if work == "decode"]
+    turns = [script.rsplit("/", 1)[-1] for work, script, _ in answers if work == "decode"]
     assert turns == ["ours.py", "naive.py"] * 2  # alternating
     results = entry_of(record, "decode_6")["results"]
     for who in ("ours", "naive"):
         script = suite.PARTIES[who].script
-        seconds = [s for work, path, times in found if work == "decode" and script in path
-                   for s in times]  # fmt: skip
+        seconds = [s for work, path, measured in answers if work == "decode" and script in path
+                   for s in measured]  # fmt: skip
         assert results[who]["seconds"] == seconds
         row = f"{report.significant(6 / median(seconds))} tokens/s"
         assert row in report.make_table(record)
@@ -300,6 +302,7 @@ def test_figures_are_those_of_the_processes(alone, monkeypatch, capsys):
     assert "| PyTorch | - |  |  |  | failed: KeyError: 'adamw' |" in report.make_table(record)
 
 
+@pytest.mark.thorough
 def test_interrupted_run_keeps_what_there_is(alone, monkeypatch):
     add_result = suite.add_result
 
@@ -314,6 +317,7 @@ def test_interrupted_run_keeps_what_there_is(alone, monkeypatch):
     assert "AdamW alone" in report.make_report(record)
 
 
+@pytest.mark.thorough
 def test_tiktoken_gives_our_ids():
     pytest.importorskip("tiktoken")
     record = measure("--repeats", 1, "--items", "encode_cold")
@@ -381,11 +385,11 @@ def test_command_writes_json_that_gives_the_same_table(run, tmp_path):
         (["--json", "nowhere/result.json"], "nowhere: no such folder"),
     ],
 )
-def test_bad_flag_is_refused(run, flags, words):
-    done = run("benchmarks/run.py", *flags)
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+def test_bad_flag_is_refused(capsys, flags, words):
+    with pytest.raises(SystemExit) as exit:
+        suite.parse_args(flags)
+    assert exit.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_missing_files_are_one_line(run, tmp_path):
@@ -402,10 +406,13 @@ def test_missing_files_are_one_line(run, tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_list_names_every_item(run):
-    done = run("benchmarks/run.py", "--list")
+def test_list_names_every_item(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--list"])
+    monkeypatch.setattr(suite.signal, "signal", lambda *_: None)
+    suite.main()
+    listed = capsys.readouterr().out
     for item in items.make_items(items.FULL):
-        assert item.name in done.stdout
+        assert item.name in listed
 
 
 def test_threads_are_divided_so_that_they_fit():

@@ -2,17 +2,15 @@
 
 import itertools
 import math
-import os
 import struct
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import openai_files
 import pytest
-from conftest import ROOT
-from hypothesis import HealthCheck, assume, example, given, settings
+from helpers import random_params
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import encoder
@@ -20,14 +18,8 @@ import gpt2
 import train
 from gpt2_support import weights
 from gpt2_support.formats import llmc
-from gpt2_support.params import Config, Params, n_params
+from gpt2_support.params import Config, Params
 
-PROPERTY = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 CLOSE = {"rtol": 0, "atol": 1e-10}  # float64, logits of size 1 to 100
 
 
@@ -41,14 +33,6 @@ def configs(draw, most_vocab=300, most_ctx=20):
         n_head=n_head,
         n_layer=draw(st.integers(1, 3)),
     )
-
-
-def random_params(config, seed=0, dtype=np.float64):
-    rng = np.random.default_rng(seed)
-    params = Params(config, np.zeros(n_params(config), dtype))
-    for name, array in params.named.items():
-        array[...] = name.endswith("/g") + 0.3 * rng.standard_normal(array.shape)
-    return params
 
 
 def random_bits(config, seed=0):
@@ -79,7 +63,6 @@ def llmc_file(params):
     return header + b"".join(blocks) + params.ln_f.g.tobytes() + params.ln_f.b.tobytes()
 
 
-@PROPERTY
 @given(configs(), st.integers(0, 99))
 def test_any_params_save_and_load_bit_for_bit(tmp_path, config, seed):
     params, path = random_bits(config, seed), tmp_path / "model.bin"
@@ -91,7 +74,6 @@ def test_any_params_save_and_load_bit_for_bit(tmp_path, config, seed):
     assert (tmp_path / "again.bin").read_bytes() == path.read_bytes()
 
 
-@settings(PROPERTY, max_examples=25)
 @given(configs(), st.integers(0, 99), st.booleans())
 def test_openai_to_ours_to_hugging_face_to_ours_is_exact(tmp_path, config, seed, from_hf):
     params, folders = random_bits(config, seed), [tmp_path / name for name in "abcd"]
@@ -108,20 +90,18 @@ def test_openai_to_ours_to_hugging_face_to_ours_is_exact(tmp_path, config, seed,
         assert (folder / "model.bin").read_bytes() == llmc_file(params)
 
 
-@settings(PROPERTY, max_examples=25)
 @given(configs(), st.integers(0, 99), st.integers(0, 9))
 def test_any_checkpoint_saves_and_loads_bit_for_bit(tmp_path, config, seed, step):
     run = train.Run(random_bits(config, seed), train.Settings(seed=seed, lr=seed / 7), step)
     run.optimizer.m, run.optimizer.v = random_bits(config, 1).flat, random_bits(config, 2).flat
     train.save_checkpoint(tmp_path, run)
-    found = train.load_checkpoint(tmp_path)
-    assert (found.step, found.settings, found.best_loss) == (step, run.settings, math.inf)
-    assert found.params.flat.tobytes() == run.params.flat.tobytes()
-    assert found.optimizer.m.tobytes() == run.optimizer.m.tobytes()
-    assert found.optimizer.v.tobytes() == run.optimizer.v.tobytes()
+    loaded = train.load_checkpoint(tmp_path)
+    assert (loaded.step, loaded.settings, loaded.best_loss) == (step, run.settings, math.inf)
+    assert loaded.params.flat.tobytes() == run.params.flat.tobytes()
+    assert loaded.optimizer.m.tobytes() == run.optimizer.m.tobytes()
+    assert loaded.optimizer.v.tobytes() == run.optimizer.v.tobytes()
 
 
-@PROPERTY
 @given(st.lists(st.lists(st.integers(0, 65535), max_size=20), max_size=5))
 def test_any_tokens_save_and_load(tmp_path, chunks):
     n_tokens = llmc.save_tokens(tmp_path / "x.bin", chunks, 65536)
@@ -137,7 +117,6 @@ any_text = st.text(st.characters() | st.sampled_from("aeth  \n'"), max_size=60)
 with_surrogates = st.text(st.characters(categories=["Cs", "L", "Zs"]), max_size=30)
 
 
-@settings(PROPERTY, max_examples=60)
 @given(st.text("abc de'é😀\n", min_size=10, max_size=200), st.integers(257, 290), any_text)
 def test_any_text_comes_back_from_any_table(tmp_path, corpus, n_vocab, text):
     try:
@@ -153,7 +132,7 @@ def test_any_text_comes_back_from_any_table(tmp_path, corpus, n_vocab, text):
     assert encoder.load(tmp_path / "tokenizer.bin").encode(text) == ids
 
 
-@settings(PROPERTY, max_examples=200)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(with_surrogates)
 @example("\ud83d\ude00")  # two halves of one character
 @example("a\udcffb")
@@ -163,7 +142,6 @@ def test_any_str_encodes_to_what_utf_8_can_hold_of_it(text):
     assert enc.decode(enc.encode(text)) == expected
 
 
-@PROPERTY
 @given(st.lists(any_text.filter(lambda text: "<|endoftext|>" not in text), min_size=1, max_size=4))
 def test_any_documents_come_back_between_end_of_text(texts):
     enc = encoder.train("the cat and the hat", 262)
@@ -184,7 +162,6 @@ def draw_tokens(data, config, *shape):
     return rng.integers(config.n_vocab, size=shape)
 
 
-@PROPERTY
 @given(st.data(), configs(), st.integers(1, 3))
 def test_any_chunks_through_the_cache_equal_the_whole(data, config, n_rows):
     params = random_params(config)
@@ -197,7 +174,6 @@ def test_any_chunks_through_the_cache_equal_the_whole(data, config, n_rows):
     np.testing.assert_allclose(logits, gpt2.forward(params, tokens), **CLOSE)
 
 
-@PROPERTY
 @given(st.data(), configs(), st.integers(1, 4))
 def test_any_ragged_rows_equal_each_alone(data, config, n_rows):
     """Rows of the cache filled to any lengths go on together, in any steps, as they do alone."""
@@ -210,12 +186,11 @@ def test_any_ragged_rows_equal_each_alone(data, config, n_rows):
         starts, n = kv.length.copy(), data.draw(st.integers(1, int(room)))
         parts = [row[at : at + n] for row, at in zip(rows, starts, strict=True)]
         logits = gpt2.forward(params, np.array(parts), kv)
-        for row, at, found in zip(rows, starts, logits, strict=True):
+        for row, at, together in zip(rows, starts, logits, strict=True):
             alone = gpt2.forward(params, row[: at + n])[at:]
-            np.testing.assert_allclose(found, alone, **CLOSE)
+            np.testing.assert_allclose(together, alone, **CLOSE)
 
 
-@PROPERTY
 @given(st.data(), configs(most_ctx=10), st.integers(1, 4), st.integers(0, 25))
 def test_any_batch_of_prompts_generates_what_each_does_alone(data, config, n_rows, n_tokens):
     params = random_params(config)
@@ -235,13 +210,12 @@ def test_any_batch_of_prompts_generates_what_each_does_alone(data, config, n_row
     steps = list(gpt2.generate(params, prompts, n_tokens, seed=5, **sampling))
     for b, prompt in enumerate(prompts):
         alone = list(gpt2.generate(params, prompt, n_tokens, seed=5 + b, **sampling))
-        found = [ids[b] for ids in steps]
-        assert found[: len(alone)] == alone
-        assert set(found[len(alone) :]) <= {sampling["eot"]}
-        assert all(0 <= id < config.n_vocab for id in found)
+        together = [ids[b] for ids in steps]
+        assert together[: len(alone)] == alone
+        assert set(together[len(alone) :]) <= {sampling["eot"]}
+        assert all(0 <= id < config.n_vocab for id in together)
 
 
-@PROPERTY
 @given(st.data(), configs(), st.integers(1, 3), st.integers(1, 3))
 def test_any_gradients_accumulate(data, config, n_batches, n_rows):
     params, total = random_params(config), None
@@ -257,7 +231,6 @@ def test_any_gradients_accumulate(data, config, n_batches, n_rows):
     np.testing.assert_allclose(total.flat / n_batches, whole.flat, **CLOSE)
 
 
-@settings(PROPERTY, max_examples=40)
 @given(st.data(), configs(most_vocab=40, most_ctx=6))
 def test_any_gradient_is_the_slope_of_the_loss(data, config):
     """Along a random direction through all the parameters at once."""
@@ -288,8 +261,8 @@ class Fixed(np.random.Generator):
         return self.number
 
 
-def draws(logits, n=400, **sampling):
-    """The ids that are drawn, over numbers spread evenly from 0 to the largest below 1."""
+def draws(logits, n=150, **sampling):
+    """The ids that are drawn over numbers spread evenly: all of a probability above 1 / n."""
     numbers = [*(i / n for i in range(n)), 5e-324, math.nextafter(1, 0)]
     return [gpt2.sample(logits, Fixed(number), **sampling) for number in numbers]
 
@@ -312,7 +285,6 @@ logits_of_few = st.lists(
 ).map(lambda values: np.array(values, np.float32))
 
 
-@settings(PROPERTY, max_examples=80)
 @given(logits_of_few, st.floats(0.01, 1.0), st.sampled_from([0.5, 1.0, 2.0]))
 def test_top_p_draws_from_the_smallest_sufficient_set(logits, top_p, temperature):
     weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
@@ -320,19 +292,17 @@ def test_top_p_draws_from_the_smallest_sufficient_set(logits, top_p, temperature
     ordered = np.sort(probs)[::-1].cumsum()
     assume(np.abs(ordered - top_p).min() > 1e-9)  # on the edge either set would do
     kept = smallest_sufficient(probs, top_p)
-    found = set(draws(logits, temperature=temperature, top_p=top_p))
-    assert found <= kept
-    assert found >= {id for id in kept if probs[id] / sum(probs[list(kept)]) > 0.01}
+    drawn = set(draws(logits, temperature=temperature, top_p=top_p))
+    assert drawn <= kept
+    assert drawn >= {id for id in kept if probs[id] / sum(probs[list(kept)]) > 0.01}
 
 
-@settings(PROPERTY, max_examples=60)
 @given(logits_of_few, st.integers(1, 9), st.sampled_from([0.5, 1.0, 2.0]))
 def test_top_k_draws_from_the_k_most_probable(logits, top_k, temperature):
     kept = sorted(range(len(logits)), key=lambda id: (-logits[id], id))[:top_k]
     assert set(draws(logits, temperature=temperature, top_k=top_k)) <= set(kept)
 
 
-@settings(PROPERTY, max_examples=100)
 @given(
     st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=30),
     st.sampled_from([1e-3, 0.7, 1.0, 50.0]),
@@ -346,7 +316,6 @@ def test_no_id_of_probability_zero_is_ever_drawn(logits, temperature, top_k, top
     assert all(math.exp(scaled[id]) > 0 for id in draws(logits, 20, **sampling))
 
 
-@settings(PROPERTY, max_examples=100)
 @given(
     st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=30),
     st.sampled_from([1e-3, 0.7, 1.0, 50.0]),
@@ -394,21 +363,21 @@ def float64_seen(function, ignored=None):
 
     A function named `ignored`, and what that calls, may do as it likes.
     """
-    found, files = set(), (gpt2.__file__, train.__file__)
+    seen, files = set(), (gpt2.__file__, train.__file__)
 
     def look(frame, event, result):
         code = frame.f_code
         if event == "return" and code.co_filename in files and ignored not in callers(frame):
             for name, value in [*frame.f_locals.items(), ("what it returns", result)]:
                 if any(True for _ in float64_arrays(value, set())):
-                    found.add((code.co_name, name))
+                    seen.add((code.co_name, name))
 
     sys.setprofile(look)
     try:
         function()
     finally:
         sys.setprofile(None)
-    return found
+    return seen
 
 
 def test_float64_is_nowhere_in_training_and_generation():
@@ -427,8 +396,8 @@ def test_float64_is_nowhere_in_training_and_generation():
         list(gpt2.generate(params, prompts, 20, temperature=0.8, top_p=0.9, seed=0))
         list(gpt2.generate(params, prompts, 20, repetition_penalty=1.3))
 
-    found = float64_seen(work, ignored="sample")  # which computes probabilities in float64
-    assert {function for function, _ in found} <= {"gather"}, found  # of the ranks' mean losses
+    seen = float64_seen(work, ignored="sample")  # which computes probabilities in float64
+    assert {function for function, _ in seen} <= {"gather"}, seen  # of the ranks' mean losses
     for array in (params.flat, run.optimizer.m, run.optimizer.v):
         assert array.dtype == np.float32
 
@@ -440,24 +409,26 @@ def test_float64_would_be_seen():
     assert ("gelu", "x") in float64_seen(leak)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_same_seed_gives_the_same_run_in_every_process(tmp_path, threads):
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.thorough), 2])
+def test_same_seed_gives_the_same_run_in_every_process(tmp_path, call, run, monkeypatch, threads):
     """Losses, parameters and samples, bit for bit, whatever Python's hash seed is."""
     text = tmp_path / "text.txt"
     text.write_text("The cat sat on the mat. The dog sat on the log.\n" * 60, encoding="utf-8")
+
+    def start(module, *args):
+        return run(f"{module.__name__}.py", *args)
+
+    monkeypatch.setenv("PYTHONHASHSEED", "1")  # for other processes; here it is another
     results = []
-    for seed in ("1", "2"):
-        out = tmp_path / seed
+    for name, command in (("here", call), ("there", start)):
+        out = tmp_path / name
         flags = ["--data", text, "--out", out, "--n_vocab", 265, "--n_layer", 2, "--n_embd", 32]
         flags += ["--n_ctx", 16, "--batch_size", 4, "--steps", 12, "--eval_every", 5]
-        argv = [sys.executable, ROOT / "train.py", *flags, "--threads", threads, "--seed", 3]
-        env = {**os.environ, "PYTHONHASHSEED": seed}
-        done = subprocess.run([*map(str, argv)], env=env, capture_output=True, check=True)
+        trained = command(train, *flags, "--threads", threads, "--seed", 3)
         rows = [(row["loss"], row["val_loss"]) for row in train.read_log(out / "log.csv")]
-        argv = [sys.executable, ROOT / "gpt2.py", "The", "--model", out, "--n_samples", 2]
-        argv += ["--temperature", 0.9, "--seed", 5]
-        samples = subprocess.run([*map(str, argv)], env=env, capture_output=True, check=True).stdout
+        flags = ["--model", out, "--n_samples", 2, "--temperature", 0.9, "--seed", 5]
+        sampled = command(gpt2, "The", *flags)
         files = [(out / name).read_bytes() for name in ("model.bin", "best/model.bin")]
-        results.append((done.stdout, rows, samples, files))
+        results.append((trained.stdout, rows, sampled.stdout, files))
     assert results[0] == results[1]
     assert len(results[0][1]) == 12 and len(results[0][2]) > 20

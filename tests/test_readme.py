@@ -8,38 +8,66 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import openai_files
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
-import encoder
 import gpt2
-import train
-import utils
-from gpt2_support import files, hub
 from gpt2_support.params import Config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *(page for folder in ("docs", "tests", "benchmarks", "models/stories")
+      for page in sorted((ROOT / folder).glob("*.md"))),
+]  # fmt: skip
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
-COMMAND = re.compile(r"(?:\$ )?python ((?:gpt2|encoder|train|utils)\.py [^#\n]*)")
-COMMANDS = [
-    match.strip()
-    for text in [block for language, block in BLOCKS if not language]
-    + re.findall(r"`(python [^`]*)`", README)
-    for line in text.splitlines()
-    for match in COMMAND.findall(line)
-]
-pytestmark = pytest.mark.usefixtures("uncounted")
+PROGRAMS = ("gpt2.py", "encoder.py", "train.py", "utils.py")
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+# The commands that an installation has: {"gpt2-train": "train:main"}.
+SCRIPTS = dict(re.findall(r'^(gpt2[\w-]*) = "([\w.]+:\w+)"$', PYPROJECT, re.M))
 SMALL = {  # what makes a training short: nothing but its length and its reports changes
     "train.py": "--steps 2 --batch_size 2 --seq_len 8 --eval_tokens 100 --sample_every 9",
     "gpt2.py": "--n_tokens 3",
 }
+OPENAI_SHA256 = {  # of files that are the same for every size of model
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+pytestmark = pytest.mark.usefixtures("uncounted")
 
 
-def words(n=3000, seed=0):
-    """Text of n made-up words, with an end of story now and then."""
+def commands_of(text):
+    """Yield the commands of ours in a text, each a list of words: ["gpt2.py", "Once", "--help"]."""
+    for part in re.split(r"\n|&&", text):
+        if re.match(r"\s*(\$ )?(\S*/)?(python3?|gpt2[\w-]*) ", part) and "..." not in part:
+            words = shlex.split(part.replace("$ ", ""), comments=True)
+            name = Path(words[0]).name
+            if name in SCRIPTS and len(words) > 1:
+                yield [name, *words[1:]]
+            elif len(words) > 2 and words[1] in PROGRAMS:
+                yield words[1:]
+
+
+COMMANDS = [
+    command
+    for text in [text for language, text in BLOCKS if language != "python"]
+    + re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))
+    for command in commands_of(text)
+]
+
+
+def program_of(command):
+    """Return which of the four modules a command is: "train.py" for gpt2-train."""
+    module = SCRIPTS.get(command[0], "").partition(":")[0]
+    return {"gpt2_support.weights_cli": "utils.py", "": command[0]}.get(module, f"{module}.py")
+
+
+def make_text(n=3000, seed=0):
+    """Return n made-up words, with an end of story now and then."""
     rng = np.random.default_rng(seed)
     letters = np.array(list("aeioulnrst"))
     made = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(n)]
@@ -51,75 +79,75 @@ def words(n=3000, seed=0):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A folder with the four modules, the bundled model, the files that the README assumes."""
+    """A folder with the modules, the package, the bundled model, the files that README assumes."""
     folder = tmp_path_factory.mktemp("clone")
-    for module in (encoder, gpt2, train):
-        shutil.copy(module.__file__, folder)
-    shutil.copytree(
-        ROOT / "models" / "stories",
-        folder / "models" / "stories",
-        ignore=shutil.ignore_patterns("best", "state.npz"),
-    )
+    for program in PROGRAMS:
+        shutil.copy(ROOT / program, folder)
+    ignored = shutil.ignore_patterns("__pycache__", "best", "state.npz")
+    for name in ("gpt2_support", "models/stories"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ("stories.txt", "mystory.txt", "tinyshakespeare.txt"):
-        (folder / name).write_text(words(), encoding="utf-8")
-    (folder / "names.txt").write_text("\n".join(words(900).split()), encoding="utf-8")
+        (folder / name).write_text(make_text(), encoding="utf-8")
+    (folder / "names.txt").write_text("\n".join(make_text(900).split()), encoding="utf-8")
     config = Config(openai_files.N_VOCAB, n_ctx=128, n_embd=8, n_head=2, n_layer=2)
     for path in ("path/to/openai_or_hf", "site/124M"):
         (folder / path).mkdir(parents=True)
         openai_files.write_checkpoint(folder / path, config)
-    source = inspect.getsource(utils)
-    for name, digest in hub.TOKENIZER_SHA256.items():  # let the small files be the known ones
-        small = files.file_hash(folder / "site/124M" / name, "sha256").hexdigest()
-        assert digest in source
-        source = source.replace(digest, small)
-    (folder / "utils.py").write_text(source, encoding="utf-8")
+    expect_small_files(folder)
     return folder
+
+
+def expect_small_files(folder):
+    """Let the tokenizer files of the server be the ones that the copied modules know."""
+    sources = {path: path.read_text("utf-8") for path in folder.glob("gpt2_support/**/*.py")}
+    for name, digest in OPENAI_SHA256.items():
+        path = next(path for path in sources if digest in sources[path])
+        small = openai_files.hashlib.sha256((folder / "site/124M" / name).read_bytes())
+        sources[path] = sources[path].replace(digest, small.hexdigest())
+        path.write_text(sources[path], encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def run(clone):
-    """`run("gpt2.py x")` runs a command in the clone, with a server for OpenAI's."""
+    """`run(["gpt2.py", "x"])` runs a command in the clone, with a server for OpenAI's."""
     with openai_files.serve(clone / "site") as server:
 
-        def command(line):
-            line = line.replace("http://127.0.0.1:8123", server.url)
+        def command(words):
+            start = [words[0]]
+            if words[0] in SCRIPTS:  # as the script does that pip makes
+                module, _, function = SCRIPTS[words[0]].partition(":")
+                start = ["-c", f"import sys, {module}; sys.argv[0] = {words[0]!r}; "
+                         f"sys.exit({module}.{function}())"]  # fmt: skip
+            argv = [sys.executable, *start, *words[1:]]
+            argv = [word.replace("http://127.0.0.1:8123", server.url) for word in argv]
             env = {**os.environ, "GPT2_BASE_URL": server.url, "NO_PROXY": "127.0.0.1"}
-            program, *args = shlex.split(line)
-            return subprocess.run(
-                [sys.executable, program, *args],
-                cwd=clone,
-                env=env,
-                timeout=120,
-                capture_output=True,
-                text=True,
-                encoding="utf-8",
-            )
+            pipes = {"capture_output": True, "text": True, "encoding": "utf-8"}
+            return subprocess.run(argv, cwd=clone, env=env, timeout=120, **pipes)
 
         yield command
 
 
 def test_readme_has_commands_for_each_program():
     assert len(COMMANDS) > 12
-    for program in ("gpt2.py", "encoder.py", "train.py", "utils.py"):
-        assert any(command.startswith(program) for command in COMMANDS)
+    assert {*map(program_of, COMMANDS)} == {*PROGRAMS}
 
 
-def test_every_command_of_the_readme_runs(run):
-    """In the order in which they stand, since one uses what another wrote."""
-    for command in COMMANDS:
-        program = command.split()[0]
-        extra = "" if {"--help", "--eval_only"} & {*command.split()} else SMALL.get(program, "")
-        done = run(f"{command} {extra}")
+def test_commands_of_the_readme_run(run, thorough):
+    """In their order, since one uses what another wrote; in a quick run the first of a program."""
+    first = {program_of(command): command for command in reversed(COMMANDS)}
+    for command in COMMANDS if thorough else first.values():
+        short = "" if {"--help", "--eval_only"} & {*command} else SMALL.get(program_of(command), "")
+        done = run([*command, *short.split()])
         assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
 
 
 def test_python_of_the_readme_runs(run, clone):
     blocks = [block for language, block in BLOCKS if language == "python"]
-    programs = [block for block in blocks if block.startswith("import")]
+    programs = [block for block in blocks if block.startswith(("import", "from"))]
     assert programs
     for i, block in enumerate(programs):
         (clone / f"block{i}.py").write_text(block, encoding="utf-8")
-        done = run(f"block{i}.py")
+        done = run([f"block{i}.py"])
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
 
@@ -135,16 +163,26 @@ def test_functions_in_the_readme_are_those_of_the_code():
 
 def test_story_of_the_readme_is_what_the_bundled_model_writes(run):
     """Its beginning: another BLAS rounds otherwise, which may change a word in the end."""
-    story = re.search(r"what it printed:\n\n> (.{80})", README)
-    done = run('gpt2.py "Once upon a time" --model stories --n_tokens 60')
-    assert done.stdout.startswith(story[1][len("Once upon a time") :])
+    prompt = "Once upon a time"
+    story = re.search(rf"^(?:> )?{prompt}(.{{60}})", README, re.M)
+    done = run(["gpt2.py", prompt, "--model", "stories", "--n_tokens", "40"])
+    assert done.stdout.startswith(story[1])
 
 
-def test_links_of_the_readme_lead_somewhere():
-    for link in re.findall(r"\]\(([^)]+)\)", README):
-        if not link.startswith("http"):
-            path, _, _ = link.partition("#")
-            assert (ROOT / path).exists(), link
-    headings = re.findall(r"^#+ (.+)$", README, re.M)
-    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
-        assert anchor in [heading.lower().replace(" ", "-") for heading in headings]
+def anchor(heading):
+    """Return what GitHub makes of a heading for links to it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", link):
+            continue
+        path, _, name = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if name:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
+            assert name in map(anchor, headings), link

@@ -6,16 +6,19 @@ import sys
 import jaxtyping
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import gpt2
 import train
+
+checked = pytest.mark.thorough  # the modules are imported with the checks in a thorough run only
 
 
 def queries(*shape, dtype=np.float32):
     return np.ones(shape, dtype)
 
 
+@checked
 @pytest.mark.parametrize(
     "k, v, wrong",
     [
@@ -29,6 +32,7 @@ def test_wrong_dimension_is_named(k, v, wrong):
         gpt2.attend(queries(2, 3, 5, 4), queries(*k), queries(*v), np.arange(5)[None])
 
 
+@checked
 def test_wrong_dtype_is_refused():
     with pytest.raises(jaxtyping.TypeCheckError, match=r"(?s)gpt2.gelu.*'x'"):
         gpt2.gelu(queries(2, 3, dtype=int))
@@ -40,11 +44,3 @@ def test_checks_cost_nothing_without_the_tests():
     code = "import sys, train; print('jaxtyping' in sys.modules, train.gpt2.attend.__module__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("False gpt2\n", "")
-
-
-def test_mypy_finds_nothing():
-    """In .ci/run as well; here for those who run the tests alone."""
-    pytest.importorskip("mypy")
-    command = [sys.executable, "-m", "mypy", "--no-error-summary"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "")
