@@ -39,6 +39,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Without file names, as with `-n auto --dist worksteal`."""
+    if hasattr(config, "workerinput"):  # this is a worker: it must not start workers
+        return
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS
     if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses = "auto"
