@@ -1,0 +1,135 @@
+"""Checkpoints: the state of a training run, as plain arrays and settings, in a folder.
+
+save_state(folder, meta, {"params": [flat], "m": [m], "v": [v]})
+with load_state(folder) as (meta, arrays): ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, get_type_hints
+
+import numpy as np
+
+from gpt2_support.files import atomic_write
+from gpt2_support.messages import preview
+
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    from numpy import ndarray
+
+    Dataclass = TypeVar("Dataclass")
+
+STATE = "state.npz"
+RUN_FILES = ("model.bin", STATE, "log.csv")  # what a run writes, and a new one must not replace
+MAY_BE_ZERO = ("warmup", "seed")  # the other whole numbers among the settings are 1 or more
+
+
+def save_state(folder: Path, meta: dict, arrays: Mapping[str, Iterable[ndarray]], n: int) -> None:
+    """Write state.npz: `meta` as JSON, and float32 arrays (n,), each given as consecutive shards.
+
+    Shards are written one by one, so that they never need to be in memory all at once.
+    """
+    with atomic_write(folder / STATE) as file:
+        write_npz(file, json.dumps(meta), arrays, n)
+
+
+def write_npz(file: IO[bytes], meta: str, arrays: Mapping[str, Iterable[ndarray]], n: int) -> None:
+    """Write what np.savez(file, meta=meta, **arrays) would, from the shards of the arrays (n,)."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": (n,)}
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open("meta.npy", "w", force_zip64=True) as member:
+            np.save(member, np.array(meta))
+        for name, shards in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for shard in shards:
+                    member.write(shard.data)
+
+
+@contextlib.contextmanager
+def load_state(folder: str | Path) -> Iterator[tuple[dict, dict[str, ndarray]]]:
+    """Give the `meta` and the arrays of a folder's state.npz: "params", "m", "v", float32 (n,).
+
+    Any error within the block means that the file is damaged: it becomes a ValueError that says so.
+    """
+    path = Path(folder) / STATE
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file: there is no run to resume in {folder}")
+    try:
+        check_sizes(path)
+        with np.load(path) as state:
+            meta = json.loads(str(state["meta"]))
+            arrays = {name: state[name] for name in ("params", "m", "v")}
+        check_arrays(arrays)
+        check_progress(meta)
+        yield meta, arrays
+    except Exception as error:  # of damaged files, zipfile and NumPy raise a dozen types
+        reason = preview(str(error) or type(error).__name__)
+        raise ValueError(f"{path}: not a whole checkpoint of train.py: {reason}") from None
+
+
+def check_sizes(path: Path) -> None:
+    """Raise an error if the arrays of an .npz would take more memory than the file has bytes."""
+    left = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as file:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            size = max(info.file_size, abs(math.prod(shape)) * dtype.itemsize)
+            left -= size
+            if left < 0:
+                raise ValueError(f"{info.filename} claims {size} bytes, more than are there")
+
+
+def check_arrays(arrays: dict[str, ndarray]) -> None:
+    """Raise ValueError unless all arrays are float32 and as long as the parameters."""
+    for array in arrays.values():
+        if array.dtype != np.float32 or array.shape != (arrays["params"].size,):
+            raise ValueError(f"an array of {array.dtype} and shape {array.shape}")
+
+
+def check_progress(meta: dict) -> None:
+    """Raise ValueError unless the step and the best loss of a run are numbers that can be."""
+    step, best_loss = meta["step"], meta["best_loss"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step = {step!r}")
+    if not isinstance(best_loss, int | float) or math.isnan(best_loss):
+        raise ValueError(f"best_loss = {best_loss!r}")
+
+
+def make_settings(cls: type[Dataclass], values: dict) -> Dataclass:
+    """Return cls(**values), a dataclass; raise ValueError for a value of a wrong type or range."""
+    settings = cls(**values)
+    for name, annotation in get_type_hints(cls).items():
+        value = getattr(settings, name)
+        low = 1 if annotation is int and name not in MAY_BE_ZERO else 0
+        good = isinstance(value, annotation | int if annotation is float else annotation)
+        if isinstance(value, int | float):
+            good = good and low <= value < math.inf and type(value) is not bool
+        if not good:
+            raise ValueError(f"{name} = {value!r}")
+    return settings
+
+
+def check_unused(folder: Path, overwrite: bool) -> None:
+    """Raise ValueError if a folder has a model already, which may not be replaced."""
+    if not overwrite and any((folder / name).exists() for name in RUN_FILES):
+        resume = "--resume goes on with it, " if (folder / STATE).exists() else ""
+        raise ValueError(
+            f"{folder}: there is a model already: {resume}--overwrite replaces it, and another "
+            "--out leaves it alone"
+        )
+
+
+def remove_run(folder: Path) -> None:
+    """Remove the files of a run from a folder."""
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)

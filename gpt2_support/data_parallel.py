@@ -1,0 +1,158 @@
+"""Data parallelism: threads, and processes, that share a batch and add up their gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gpt2_support import blas
+from gpt2_support.distributed import ProcessGroup
+from gpt2_support.params import Config, Params, layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from contextlib import AbstractContextManager
+
+    from numpy import ndarray
+
+    Batch = tuple[ndarray, ndarray]  # tokens and targets, (B, T) each
+    LossAndGrads = Callable[..., tuple[float, Params]]  # gpt2.loss_and_grads
+    Work = Callable[[int, int], object]  # work(i, n) does share i of n
+
+
+def serial(work: Work) -> list:
+    """Return [work(0, 1)]: all of the work in this thread, as `DataParallel.parallel` shares it."""
+    return [work(0, 1)]
+
+
+class DataParallel:
+    """Threads, and the processes of a group, that share each batch.
+
+    Every thread runs the whole model on its rows of the batch, with one BLAS thread, and adds to a
+    gradient of its own: so the elementwise work is shared as well as the matrix products, and no
+    thread waits for another within a step. A single thread leaves the products to all BLAS threads.
+    """
+
+    def __init__(
+        self,
+        loss_and_grads: LossAndGrads,
+        params: Params,
+        n_threads: int = 1,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        self._loss_and_grads = loss_and_grads
+        self.n_threads, self.group = n_threads, group or ProcessGroup()
+        self.grads = [Params(params.config, np.zeros_like(params.flat)) for _ in range(n_threads)]
+        is_large = params.flat.size > 1 << 20  # so that waking a thread costs less than it does
+        self.n_elementwise = max(n_threads, blas.get_threads()) if is_large else n_threads
+        self.pool = ThreadPoolExecutor(self.n_elementwise)
+
+    def loss_and_grads(self, params: Params, batches: Iterable[Batch]) -> tuple[float, Params]:
+        """Return the loss and the gradient, means over the batches of all ranks.
+
+        `batches` are this rank's. The gradient is overwritten by the next call.
+        """
+        batches = list(batches)
+
+        def add_gradients(i: int, n: int) -> list[float]:  # of the rows i, i + n, ... of each batch
+            grads = self.grads[i]
+            grads.flat[...] = 0
+            with np.errstate(all="ignore"):  # train_step tells when the result is not finite
+                return [
+                    self._loss_and_grads(params, tokens[i::n], targets[i::n], grads)[0]
+                    for tokens, targets in batches
+                ]
+
+        with blas_threads(params.config, self.n_threads):
+            losses = np.concatenate(self._in_threads(add_gradients, self.n_threads))
+        self._sum_grads(1 / (len(batches) * self.n_threads * self.group.size))
+        return float(np.mean(self.group.all_gather(losses.mean()))), self.grads[0]
+
+    def _sum_grads(self, weight: float) -> None:
+        """Add up the gradients of all threads and ranks, times `weight`, in the first thread's."""
+
+        def add(i: int, n: int) -> None:
+            total, *others = (np.array_split(grads.flat, n)[i] for grads in self.grads)
+            for other in others:
+                total += other
+            if weight < 1:
+                total *= weight
+
+        self.parallel(add)
+        self.group.all_reduce(self.grads[0].flat)
+
+    def parallel(self, work: Work) -> list:
+        """Return [work(0, n), work(1, n), ...]: elementwise work, shared among n threads."""
+        return self._in_threads(work, self.n_elementwise)
+
+    def _in_threads(self, work: Work, n: int) -> list:
+        if n == 1:
+            return serial(work)
+        return list(self.pool.map(work, range(n), [n] * n))
+
+    def time_step(self, params: Params, batch: Batch) -> float:
+        """Return the seconds that loss and gradient of a batch take on the slowest rank."""
+        for _ in range(2):  # the first also fetches memory and wakes threads
+            start = time.perf_counter()
+            self.loss_and_grads(params, [batch])
+            seconds = max(self.group.all_gather(time.perf_counter() - start))
+            if seconds > 2:
+                break
+        return seconds
+
+
+BLOCK = 1 << 18  # values: few enough for the cache, but so many that threads do not wait for
+# Python's lock, which each holds between two operations
+
+
+def decay_blocks(config: Config, shard: slice) -> list[tuple[slice, bool]]:
+    """Cut a shard of the packed parameters into blocks for AdamW, which threads share.
+
+    Each is (its slice of the shard, whether its values decay: those of matrices do).
+    """
+    return [
+        (slice(at, min(at + BLOCK, end - shard.start, shard.stop - shard.start)), decays)
+        for start, end, decays in decay_spans(config)
+        for at in range(max(start - shard.start, 0), min(end, shard.stop) - shard.start, BLOCK)
+    ]
+
+
+def decay_spans(config: Config) -> list[tuple[int, int, bool]]:
+    """Return [(start, end, decays)], the stretches of the packed buffer that decay and do not."""
+    spans: list[tuple[int, int, bool]] = []
+    end = 0
+    for name, shape in layout(config).items():
+        start, end = end, end + math.prod(shape)
+        decays = not name.endswith(("/b", "/g"))
+        if spans and spans[-1][2] == decays:
+            start = spans.pop()[0]
+        spans.append((start, end, decays))
+    return spans
+
+
+def blas_threads(config: Config, n_threads: int = 1) -> AbstractContextManager:
+    """Give a matrix product one thread within a block, if n_threads of ours share the work.
+
+    So too for a small model, whose products are done before a second thread has woken up. Does
+    nothing where NumPy has another BLAS than OpenBLAS.
+    """
+    if n_threads > 1 or config.n_embd < 256:
+        return blas.one_thread(then=blas.get_threads())
+    return contextlib.nullcontext()
+
+
+def choose_threads(n_rows: int, seq_len: int, n_embd: int, n_cores: int) -> int:
+    """Return how many threads should share a batch: as many as there are cores and work for.
+
+    On few tokens they would only wait for Python's lock. In a wide model each would compute less
+    than it costs to add up the gradients, one a thread, of all parameters.
+    """
+    n_tokens = n_rows * seq_len
+    if n_tokens * n_embd < 1 << 17 or (n_tokens < 1024 and n_embd >= 256):
+        return 1
+    return max(n for n in range(1, n_cores + 1) if n_rows % n == 0)

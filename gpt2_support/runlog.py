@@ -1,0 +1,129 @@
+"""The log of a training run: log.csv, a progress line, and loss.png."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt2_support.files import atomic_write, with_path
+from gpt2_support.messages import preview
+
+if TYPE_CHECKING:
+    from typing import Any, TextIO
+
+Row = dict[str, str]  # {column: text}, each text a number or empty
+
+COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_second", "val_loss", "bits_per_byte")
+HEADER = ",".join(COLUMNS)
+
+
+class LogFile:
+    """log.csv, one row a step. A resumed run drops the rows of the steps that it takes again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.rows = [row for row in read_log(path) if int(row["step"]) <= step] if step else []
+        lines = [HEADER, *(",".join(row.values()) for row in self.rows)]
+        with atomic_write(path) as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
+
+    def add(self, *values: float | None) -> None:
+        """Append a row at once; None is an empty cell."""
+        cells = ["" if x is None else str(x) if type(x) is int else f"{x:.6g}" for x in values]
+        with with_path(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(",".join(cells) + "\n")
+        self.rows.append(dict(zip(COLUMNS, cells, strict=True)))
+
+
+class RunLog:
+    """What a run reports: a progress line, log.csv, and loss.png when the block ends.
+
+    With folder None it writes no files: for the ranks that do not report.
+    """
+
+    def __init__(self, folder: Path | None, step: int, n_steps: int) -> None:
+        from tqdm import tqdm
+
+        self.folder = folder
+        self.file = LogFile(folder / "log.csv", step) if folder else None
+        self.bar = tqdm(total=n_steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.close()
+        if self.folder and self.file:
+            plot_log(self.file.rows, self.folder / "loss.png")
+
+    def add(
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        tokens_per_second: float,
+        val_loss: float | None = None,
+        bits_per_byte: float | None = None,
+    ) -> None:
+        """Report a step."""
+        figures = f"loss {loss:.3f} lr {lr:.1e} norm {grad_norm:.2f} {tokens_per_second:.0f} tok/s"
+        self.bar.set_postfix_str(figures, refresh=False)
+        self.bar.update()
+        if self.file:
+            self.file.add(step, loss, lr, grad_norm, tokens_per_second, val_loss, bits_per_byte)
+
+    def write(self, text: str, file: TextIO | None = None) -> None:
+        """Print text, on standard error by default, above the progress line."""
+        self.bar.write(text, file=file or sys.stderr)
+
+
+def read_log(path: str | Path) -> list[Row]:
+    """Return the rows of a log.csv; none if there is no such file.
+
+    Leaves out a last row that was cut short. Raises ValueError for any other line that is no row.
+    """
+    if not Path(path).exists():
+        return []
+    text = Path(path).read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
+    header, *lines = text.split("\n")[:-1] or [HEADER]
+    if header != HEADER:
+        raise ValueError(f"{path}: begins with {preview(header)}, not as a log of train.py")
+    return [parse_row(path, line) for line in lines]
+
+
+def parse_row(path: str | Path, line: str) -> Row:
+    """Return a line of log.csv as {column: text}."""
+    cells = line.split(",")
+    try:
+        int(cells[0])
+        list(map(float, filter(None, cells)))
+        return dict(zip(COLUMNS, cells, strict=True))
+    except ValueError:
+        raise ValueError(f"{path}: {preview(line)} is no row of a training log") from None
+
+
+def plot_log(rows: list[Row], path: Path) -> None:
+    """Draw training and validation loss over the steps to a PNG, if matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=120)
+    for name, label in (("loss", "training (a batch)"), ("val_loss", "validation")):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        style: dict[str, Any] = {"marker": "."}
+        if name == "loss":
+            style = {"linewidth": 0.8, "alpha": 0.6}
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=Path(path).parent.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", bbox_inches="tight")
+    plt.close(figure)

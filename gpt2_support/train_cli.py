@@ -1,0 +1,242 @@
+"""The flags of train.py, and what it says before and after a run."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt2_support import cli, folders, hub
+from gpt2_support.data_parallel import choose_threads
+from gpt2_support.messages import info
+from gpt2_support.params import Config, tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+FINE_TUNING = {  # the defaults that differ where --init names a model
+    "steps": 200,
+    "batch_size": 4,
+    "lr": 5e-5,
+    "warmup": 20,
+    "eval_every": 50,
+    "eval_tokens": 10_000,
+    "save_every": 50,
+    "sample_every": 50,
+}
+DEFAULTS = {  # of the flags that are no settings of a run, or depend on the model
+    "n_vocab": 1024,
+    "init": "scratch",
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 128,
+    "n_ctx": 128,
+    "models_dir": hub.MODELS_DIR,
+    "seq_len": None,
+    "lr": None,
+    "min_lr": None,
+    "threads": None,
+}
+
+positive = cli.positive_int
+
+
+def natural(text: str) -> int:
+    """Return the whole number of 0 or more that a flag was given."""
+    return 0 if text.strip() == "0" else positive(text)
+
+
+def number(text: str) -> float:
+    """Return the finite number of 0 or more that a flag was given."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
+def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentParser:
+    """Return the parser; `settings` are the defaults of a run, `docs` the choices of --docs."""
+    parser = cli.ArgumentParser(
+        prog="train.py",
+        description="Train GPT-2 on your own text, from scratch or from a model. Ctrl-C saves and "
+        "exits; --resume goes on, to the same result as if the run had never stopped.",
+        usage="%(prog)s --data PATH [flags]\n       %(prog)s --resume --out PATH [flags]",
+        examples=[
+            "python train.py --data stories.txt",
+            "python train.py --data stories.txt --n_layer 6 --n_embd 192 --steps 8000",
+            "python train.py --data letters.txt --init 124M --out models/letters",
+            "python train.py --resume --out models/letters",
+            "python train.py --eval_only --init models/letters --data others.txt",
+        ],
+    )
+    defaults = settings | DEFAULTS
+
+    def add_group(title: str, *flags: tuple[str, Any, str]) -> Any:
+        """Add a group of flags: (name, type or choices, help)."""
+        group = parser.add_argument_group(title)
+        for name, type, help in flags:
+            values = {"choices": type} if isinstance(type, list) else {"type": type}
+            group.add_argument(f"--{name}", default=defaults.get(name), help=help, **values)
+        return group
+
+    add_group(
+        "data",
+        ("data", Path, "a text file, or a tokens .bin made by `encoder.py encode` (required "
+         "without --resume)"),
+        ("val_data", Path, "the same for validation (default: the last tenth of --data)"),
+        ("tokenizer", str, "a tokenizer file, or a folder or model that has one (default: that of "
+         "--init, or the tokenizer.bin beside a .bin, or one learned from the text)"),
+        ("n_vocab", positive, "size of the vocabulary that is learned from a text"),
+        ("docs", [*docs], "what a document of a text is: see encoder.py encode"),
+    )  # fmt: skip
+    add_group(
+        "model",
+        ("init", str, "scratch, or the name or path of a model to fine-tune or evaluate"),
+        ("n_layer", positive, "layers of a model from scratch"),
+        ("n_head", positive, "attention heads of each layer"),
+        ("n_embd", positive, "channels of a model from scratch"),
+        ("n_ctx", positive, "tokens that it can look back on"),
+        ("models_dir", Path, "folder of the models"),
+    )
+    group = add_group(
+        "output",
+        ("out", Path, "folder to write (default: one in --models_dir, named after --data)"),
+    )
+    group.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    group.add_argument("--overwrite", action="store_true", help="replace the model in --out")
+    group = add_group(
+        "training",
+        ("steps", positive, "steps of the optimizer in all"),
+        ("batch_size", positive, "windows at a time, shared by all ranks under mpiexec"),
+        ("seq_len", positive, "tokens a window (default: n_ctx, or at most 256 to fine-tune)"),
+        ("grad_accum", positive, "batches a step, their gradients averaged"),
+        ("order", ["random", "sequential"], "how windows follow each other"),
+        ("lr", number, "the highest learning rate (default: 0.5 / n_embd from scratch)"),
+        ("min_lr", number, "the learning rate at the end (default: a tenth of --lr)"),
+        ("warmup", natural, "steps until the highest learning rate"),
+        ("decay_steps", positive, "steps until --min_lr (default: --steps)"),
+        ("beta1", number, "AdamW: decay of the mean gradient"),
+        ("beta2", number, "AdamW: decay of the mean squared gradient"),
+        ("eps", number, "AdamW: keeps the division from overflowing"),
+        ("weight_decay", number, "AdamW: decay of the matrices"),
+        ("grad_clip", number, "the largest norm of the gradient"),
+        ("threads", positive, "threads that share a batch; the last bits depend on their number "
+         "(default: as many as help a model of this size)"),
+        ("seed", natural, "decides the first weights, the order of the data, the samples"),
+    )  # fmt: skip
+    tuned = ", ".join(f"{name} {value}" for name, value in FINE_TUNING.items())
+    group.description = f"With --init NAME the defaults are {tuned}."
+    group = add_group("training on several machines: mpiexec -n N python train.py --data ...")
+    group.add_argument(
+        "--shard",
+        action="store_true",
+        help="share AdamW's memory among the ranks: less memory, more communication",
+    )
+    add_group(
+        "reports",
+        ("eval_every", positive, "steps between validations"),
+        ("eval_tokens", positive, "the most tokens that a validation takes"),
+        ("save_every", positive, "steps between checkpoints"),
+        ("sample_every", positive, "steps between samples"),
+        ("prompt", None, "beginning of the samples (default: none, they begin a text)"),
+    )
+    group = add_group(
+        "evaluation", ("stride", positive, "tokens between windows (default: --seq_len)")
+    )
+    group.add_argument(
+        "--eval_only", action="store_true", help="only print how well --init predicts --data"
+    )
+    return parser
+
+
+def check_args(parser: cli.ArgumentParser, args: Namespace) -> None:
+    """End with an error about the arguments if one is missing."""
+    if not args.data:
+        parser.error("--data is needed: a text file or a tokens .bin")
+    if args.eval_only and args.init == "scratch":
+        parser.error("--eval_only needs --init, the model to evaluate")
+
+
+def out_folder(args: Namespace) -> Path:
+    return args.out or folders.trained_models_dir(args.models_dir) / args.data.stem
+
+
+def fit_to_model(args: Namespace, model: Config) -> dict[str, Any]:
+    """Return the settings that depend on the model and the ranks, {name: value}.
+
+    Raises ValueError for flags that do not fit them.
+    """
+    group, n_ctx = args.group, model.n_ctx
+    seq_len = args.seq_len or (n_ctx if args.init == "scratch" else min(n_ctx, 256))
+    if seq_len > n_ctx:
+        raise ValueError(f"--seq_len {seq_len} exceeds n_ctx = {n_ctx}")
+    threads = divide_batch(args, seq_len, model.n_embd)
+    lr = 0.5 / model.n_embd if args.lr is None else args.lr  # 0.03 for 16 channels, 6.5e-4 for 768
+    min_lr = lr / 10 if args.min_lr is None else args.min_lr
+    paths = {"data": args.data, "val_data": args.val_data}
+    return {
+        **{name: path and str(path.resolve()) for name, path in paths.items()},
+        **{"seq_len": seq_len, "lr": lr, "min_lr": min_lr},
+        **{"ranks": group.size, "threads": threads},
+    }
+
+
+def divide_batch(args: Namespace, seq_len: int, n_embd: int) -> int:
+    """Return the threads of each rank; raises ValueError if they cannot share a batch equally."""
+    group, batch_size = args.group, args.batch_size
+    if batch_size % group.size:
+        raise ValueError(f"{group.size} ranks cannot share --batch_size {batch_size} equally")
+    n_rows = batch_size // group.size
+    threads = args.threads or choose_threads(n_rows, seq_len, n_embd, group.n_cores)
+    if n_rows % threads:
+        among = f" / {group.size} ranks" if group.size > 1 else ""
+        raise ValueError(f"--threads {threads} does not divide --batch_size {batch_size}{among}")
+    return threads
+
+
+def describe(state: Any, n_tokens: int, seconds: float, head_rows: int) -> None:
+    """Tell the shape of a train.TrainState, and the time and memory that the rest of it takes.
+
+    n_tokens are those of the data, `seconds` the time of a step, head_rows gpt2's.
+    """
+    model, config = state.params.config, state.config
+    steps = config.steps - state.step
+    n_passes = steps * config.tokens_per_step / n_tokens
+    ranks, threads = config.ranks, config.threads
+    who = f" in each of {ranks} ranks, threads: {threads}" if ranks > 1 else ""
+    n_params = sum(math.prod(shape) for _, shape in tensors(model))
+    info(
+        f"{n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} "
+        f"channels, {model.n_ctx} tokens of context, a vocabulary of {model.n_vocab}\n"
+        f"{steps} steps of {config.tokens_per_step} tokens, {n_passes:.1f} passes over {n_tokens}, "
+        f"at a learning rate of {config.lr:.2g}: about {steps * seconds / 60:.1f} minutes and "
+        f"{memory(state, n_params, head_rows) / 1e6:.0f} MB of memory{who}"
+    )
+
+
+def memory(state: Any, n_params: int, head_rows: int) -> int:
+    """Return about how many bytes a rank needs: parameters, gradients, moments, activations."""
+    model, config = state.params.config, state.config
+    buffers = (1 + config.threads) * n_params + 2 * state.optimizer.m.size
+    n_rows = config.batch_size // config.ranks * config.seq_len
+    per_row = model.n_layer * (20 * model.n_embd + model.n_head * config.seq_len)
+    logits = config.threads * min(head_rows, n_rows // config.threads) * model.n_vocab
+    return 4 * (buffers + n_rows * per_row + logits)
+
+
+def say_stopped(step: int, args: Namespace) -> None:
+    """Say how to go on with a run that was interrupted."""
+    command = cli.command("train.py", "--resume", "--out", args.out, *["--shard"] * args.shard)
+    if args.group.size > 1:
+        command = f"mpiexec -n {args.group.size} {command}"
+    info(f"{args.out}: saved at step {step}; go on with: {command}")
+
+
+def say_done(best_loss: float, args: Namespace) -> None:
+    """Say where the models are and how to sample from the last one."""
+    sampling = ("--model", args.out, "--n_tokens", 100, "--temperature", 0.8)
+    command = cli.command("gpt2.py", args.prompt, *sampling)
+    best = f"the lowest validation loss was {best_loss:.4f}, by {args.out / 'best'}"
+    info(f"{args.out / 'model.bin'}: done; {best}. To sample: {command}")
