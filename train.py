@@ -390,13 +390,13 @@ def window_losses(
 # Checkpoints, and the loop
 
 
-def save_checkpoint(folder: Path, state: TrainState, group: ProcessGroup) -> None:
+def save_checkpoint(folder: Path, state: TrainState, group: ProcessGroup | None = None) -> None:
     """Write model.bin, for everyone, and state.npz, from which a run goes on, each atomically.
 
     state.npz holds the parameters too: whenever the process dies, it is of one step throughout.
     All ranks call this, and rank 0 writes; the files do not tell how many there are.
     """
-    params, optimizer = state.params, state.optimizer
+    group, params, optimizer = group or ProcessGroup(), state.params, state.optimizer
     meta = {"step": state.step, "best_loss": state.best_loss, "settings": asdict(state.config)}
     meta["config"] = asdict(params.config)
     shards = group.broadcast_shards if optimizer.is_sharded else lambda array: iter([array])

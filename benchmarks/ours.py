@@ -20,6 +20,7 @@ import encoder
 import train
 import worker
 from gpt2_support import files
+from gpt2_support.data_parallel import DataParallel
 from gpt2_support.formats import llmc, token_table
 from gpt2_support.params import Config, Params
 from worker import Task
@@ -64,23 +65,24 @@ def step(job):
     """Take a training step: loss, gradient, clipping, AdamW."""
     loaded = gpt2.load(job.folder / job.model)
     params = Params(loaded.config, loaded.flat.copy())
-    run, losses = train.Run(params, settings(job, params.config)), []
-    team = train.Team(params, run.settings.threads)
+    state, losses = train.TrainState(params, settings(job, params.config)), []
+    workers = DataParallel(gpt2.loss_and_grads, params, state.config.threads)
     batch = worker.random_batch(job, params.config.n_vocab)
     return Task(
-        lambda: losses.append(train.train_step(run, team, [batch])[0]), check=lambda: losses[:2]
+        lambda: losses.append(train.train_step(state, [batch], workers)[0]),
+        check=lambda: losses[:2],
     )
 
 
-def settings(job, config, steps=1, lr=worker.LR):
-    """Return the Settings that train.py chooses for a batch B x T, on job.threads threads."""
+def settings(job, model, steps=1, lr=worker.LR):
+    """Return the TrainConfig that train.py chooses for a batch B x T, on job.threads threads."""
     flags = {"batch_size": job.B, "seq_len": job.T, "steps": steps, "lr": lr, "min_lr": lr}
     flags |= {"data": "none", "warmup": 0}
     argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    found = train.make_settings(train.parse_args(argv), config)
-    allowed = min(found.threads, job.threads)
-    found.threads = max(n for n in range(1, allowed + 1) if job.B % n == 0)
-    return found
+    config = train.make_config(train.parse_args(argv), model)
+    allowed = min(config.threads, job.threads)
+    config.threads = max(n for n in range(1, allowed + 1) if job.B % n == 0)
+    return config
 
 
 def adamw(job):
@@ -89,10 +91,11 @@ def adamw(job):
     params = Params(params.config, params.flat.copy())
     grads = Params(params.config, np.full_like(params.flat, 1e-3))
     chosen, optimizer = settings(job, params.config), train.AdamW(params)
-    team, steps = train.Team(params, chosen.threads), iter(range(1, 1 << 30))
+    workers = DataParallel(gpt2.loss_and_grads, params, chosen.threads)
+    steps = iter(range(1, 1 << 30))
 
     def work():
-        optimizer.step(params, grads, worker.LR, next(steps), chosen, share=team.share)
+        optimizer.step(params, grads, worker.LR, next(steps), chosen, parallel=workers.parallel)
 
     return Task(work)
 
@@ -104,11 +107,12 @@ def names(job):
 
     def work(n_steps=job.n_steps):
         losses.clear()
-        run = train.Run(train.init_params(config), settings(job, config, n_steps, job.lr))
-        data = train.Windows(tokens, run.settings)
-        team = train.Team(run.params, run.settings.threads)
+        state = train.TrainState(train.init_params(config), settings(job, config, n_steps, job.lr))
+        loader = train.DataLoader(tokens, state.config)
+        workers = DataParallel(gpt2.loss_and_grads, state.params, state.config.threads)
         start = time.perf_counter()
-        train.train(run, data, lambda loss, *rest: losses.append(loss), team=team)
+        while state.step < n_steps:
+            losses.append(train.train_step(state, loader.batches(state.step), workers)[0])
         return time.perf_counter() - start
 
     return Task(work, lambda: work(20), lambda: [float(np.mean(losses[-100:]))])

@@ -19,12 +19,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpt2_support.params import Config, n_params
 from gpt2_support import cli
+from gpt2_support.data_parallel import DataParallel, choose_threads
+from gpt2_support.distributed import init_process_group
 
 # isort: on
 import time
 
 import numpy as np
 
+import gpt2
 import train
 
 CONFIGS = {
@@ -35,7 +38,6 @@ CONFIGS = {
     "1558M": Config(n_embd=1600, n_head=25, n_layer=48),
 }
 FLOPS = 160e9  # a second, of a training step of 124M on one machine; see docs/scaling.md
-OVERLAPPED = 2 / 3  # of the computation of a step is backward, and hides what is sent meanwhile
 
 
 # ----------------------------------------------------------------------------------------------
@@ -57,22 +59,9 @@ def communication(config, n, bandwidth):
     return 4 * n_params(config) * 2 * (n - 1) / n / bandwidth
 
 
-def early_part(config):
-    """Return the part of a gradient that is sent while earlier layers are computed."""
-    early, _ = train.pieces(config, 2)
-    sizes = [part.stop - part.start for parts in early.values() for part in parts]
-    return sum(sizes) / n_params(config)
-
-
-def step_time(config, n, compute, bandwidth, overlap=False):
-    """Return the seconds of a step, of which one machine alone would compute for `compute`.
-
-    With `overlap`, what is sent early costs nothing as long as the backward pass hides it: the best
-    that can be hoped for.
-    """
-    sending = communication(config, n, bandwidth)
-    hidden = min(early_part(config) * sending, OVERLAPPED * compute / n) if overlap else 0
-    return compute / n + sending - hidden
+def step_time(config, n, compute, bandwidth):
+    """Return the seconds of a step on n machines; one machine alone computes for `compute`."""
+    return compute / n + communication(config, n, bandwidth)
 
 
 def predict(args):
@@ -88,26 +77,23 @@ def print_table(config, model, args):
     titles = [f"{gbits:g} Gbit/s, {accum} x" for gbits, accum in cases]
     print(
         f"\n**{model}**, machines of {args.gflops:g} GFLOP/s, steps of 1 or more x {args.windows} "
-        f"windows of {args.seq_len} tokens: seconds, efficiency (with overlap)\n\n"
+        f"windows of {args.seq_len} tokens: seconds, efficiency\n\n"
         f"| machines | {' | '.join(titles)} |\n|---:{'|---:' * len(cases)}|"
     )
     for n in args.machines:
         cells = []
         for gbits, accum in cases:
-            compute, plain, best = times(config, n, gbits, accum, args)
-            seconds = f"{plain:,.0f}" if plain >= 100 else f"{plain:.3g}"
-            cells.append(f"{seconds} s, {compute / plain:.0%} ({compute / best:.0%})")
+            compute, step = predict_step(config, n, gbits, accum, args)
+            seconds = f"{step:,.0f}" if step >= 100 else f"{step:.3g}"
+            cells.append(f"{seconds} s, {compute / step:.0%}")
         print(f"| {n} | {' | '.join(cells)} |")
 
 
-def times(config, n, gbits, accum, args):
-    """Return the seconds that each of n machines computes in a step, and those of a step, without
-    and with overlap."""
+def predict_step(config, n, gbits, accum, args):
+    """Return the seconds that each of n machines computes in a step, and those of the step."""
     n_tokens = args.windows * accum * args.seq_len
     compute = n_tokens * flops_per_token(config, args.seq_len) / (args.gflops * 1e9)
-    bandwidth = gbits * 1e9 / 8
-    steps = [step_time(config, n, compute, bandwidth, overlap) for overlap in (False, True)]
-    return compute / n, *steps
+    return compute / n, step_time(config, n, compute, gbits * 1e9 / 8)
 
 
 def plot(args):
@@ -121,10 +107,10 @@ def plot(args):
     for model in args.model:
         for gbits in args.gbits:
             for accum in args.accum:
-                found = (times(CONFIGS[model], n, gbits, accum, args) for n in args.machines)
-                parts = [compute / plain for compute, plain, _ in found]
+                steps = (predict_step(CONFIGS[model], n, gbits, accum, args) for n in args.machines)
+                efficiencies = [compute / step for compute, step in steps]
                 label = f"{model}, {gbits:g} Gbit/s, accumulating {accum}"
-                axes.plot(args.machines, parts, ".-", label=label)
+                axes.plot(args.machines, efficiencies, ".-", label=label)
     axes.set(xscale="log", xlabel="machines", ylabel="part of the step that computes", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -138,66 +124,67 @@ def plot(args):
 
 def measure(args):
     """Take steps on all ranks, and each part of them by itself; print a row of medians."""
-    with train.find_ranks() as ranks:
-        run, data, team = set_up(args, ranks)
-        alone = train.Team(run.params, run.settings.threads)  # computes, and sends nothing
-        grads = team.grads[0]
-        update = (run.params, grads, 0.0, 1, run.settings, 1.0, team.share)
+    with init_process_group() as group:
+        state, loader, workers = set_up(args, group)
+        params, config, grads = state.params, state.config, workers.grads[0]
+        alone = DataParallel(gpt2.loss_and_grads, params, config.threads)  # sends nothing
+        update = (params, grads, 0.0, 1, config, 1.0, workers.parallel)
         seconds = []
-        for number in range(args.steps + 1):
-            batches = [data.batch(number)]
+        for step in range(args.steps + 1):
+            batches = loader.batches(step)
             works = {
-                "step": lambda b=batches: train.train_step(run, team, b),
-                "gradient": lambda b=batches: alone.gradient(run.params, b),
-                "sum": lambda: (ranks.start(ranks.add, grads.flat), ranks.wait()),
-                "AdamW": lambda: run.optimizer.step(*update),
+                "step": lambda b=batches: train.train_step(state, b, workers),
+                "gradient": lambda b=batches: alone.loss_and_grads(params, b),
+                "sum": lambda: group.all_reduce(grads.flat),
+                "AdamW": lambda: state.optimizer.step(*update),
             }
-            seconds.append([clock(ranks, work) for work in works.values()])
+            seconds.append([clock(group, work) for work in works.values()])
         medians = np.median(seconds[1:], axis=0)  # the first also fetches memory
-        print_row(args, run, dict(zip(works, medians, strict=True)))
+        print_row(args, state, dict(zip(works, medians, strict=True)))
 
 
-def set_up(args, ranks):
-    """Return a new Run, Windows of random tokens and the Team of this rank."""
-    config = CONFIGS[args.model]
-    rows = args.batch_size // ranks.size
-    threads = args.threads or train.choose_threads(rows, args.seq_len, config.n_embd, ranks.cores)
-    if args.batch_size % ranks.size or rows % threads:
-        given = f"--batch_size {args.batch_size}"
+def set_up(args, group):
+    """Return a new run, a loader of random tokens, and the threads of this rank."""
+    model = CONFIGS[args.model]
+    n_rows = args.batch_size // group.size
+    threads = args.threads or choose_threads(n_rows, args.seq_len, model.n_embd, group.n_cores)
+    if args.batch_size % group.size or n_rows % threads:
         raise ValueError(
-            f"{given} is not shared equally by {ranks.size} ranks of {threads} threads"
+            f"--batch_size {args.batch_size} is not shared equally by {group.size} ranks of "
+            f"{threads} threads"
         )
-    settings = train.Settings(
-        batch_size=args.batch_size, seq_len=args.seq_len, ranks=ranks.size, threads=threads
+    config = train.TrainConfig(
+        batch_size=args.batch_size, seq_len=args.seq_len, ranks=group.size, threads=threads
     )
-    params = train.init_params(config)
-    part = ranks.part(params.flat.size) if args.shard else None
-    run = train.Run(params, settings, optimizer=train.AdamW(params, part))
+    params = train.init_params(model)
+    shard = group.shard(params.flat.size) if args.shard else None
+    state = train.TrainState(params, config, optimizer=train.AdamW(params, shard))
     n_tokens = (args.steps + 2) * args.batch_size * args.seq_len
-    tokens = np.random.default_rng(0).integers(0, config.n_vocab, n_tokens).astype(np.uint16)
-    return run, train.Windows(tokens, settings, ranks.rank), train.Team(params, threads, ranks)
+    tokens = np.random.default_rng(0).integers(0, model.n_vocab, n_tokens).astype(np.uint16)
+    workers = DataParallel(gpt2.loss_and_grads, params, threads, group)
+    return state, train.DataLoader(tokens, config, group.rank), workers
 
 
-def clock(ranks, work):
+def clock(group, work):
     """Return the seconds of the slowest rank."""
-    ranks.gather(None)
+    group.all_gather(None)
     start = time.perf_counter()
     work()
-    return max(ranks.gather(time.perf_counter() - start))
+    return max(group.all_gather(time.perf_counter() - start))
 
 
-def print_row(args, run, seconds):
-    """Print what `measure` found, {part: seconds}, as a table of one row."""
-    s, config = run.settings, run.params.config
-    n_flops = s.tokens_per_step * flops_per_token(config, s.seq_len)
-    sent = communication(config, s.ranks, 1) / seconds["sum"]
+def print_row(args, state, seconds):
+    """Print what `measure` measured, {part: seconds}, as a table of one row."""
+    c, model = state.config, state.params.config
+    n_flops = c.tokens_per_step * flops_per_token(model, c.seq_len)
+    sent = communication(model, c.ranks, 1) / seconds["sum"]
     cells = {
         "model": args.model,
-        "ranks": s.ranks,
-        "threads": s.threads,
+        "ranks": c.ranks,
+        "threads": c.threads,
         "shard": "yes" if args.shard else "no",
         **{part: f"{time:.3f} s" for part, time in seconds.items()},
-        "tokens/s": f"{s.tokens_per_step / seconds['step']:.0f}",
+        "tokens/s": f"{c.tokens_per_step / seconds['step']:.0f}",
         "GFLOP/s": f"{n_flops / seconds['gradient'] / 1e9:.0f}",
         "sum, GB/s": f"{sent / 1e9:.2f}",
     }

@@ -36,6 +36,18 @@ def random_tokens(*shape, config=CONFIG, seed=1):
     return np.random.default_rng(seed).integers(config.n_vocab, size=shape)
 
 
+def take_steps(state, loader, until=None, threads=1):
+    """Train a train.TrainState as far as `until`, by default to its end; return the losses."""
+    import gpt2
+    import train
+    from gpt2_support.data_parallel import DataParallel
+
+    workers, losses = DataParallel(gpt2.loss_and_grads, state.params, threads), []
+    while state.step < (until or state.config.steps):
+        losses.append(train.train_step(state, loader.batches(state.step), workers)[0])
+    return losses
+
+
 def run_in_process(module, args, stdin=""):
     """Run the command of a module, `gpt2` say, as its own process would: argv, streams, status.
 

@@ -19,7 +19,7 @@ import pytest
 
 import encoder
 import train
-from gpt2_support import files, hub, weights
+from gpt2_support import files, hub, runlog, weights
 from gpt2_support.formats import llmc, token_table
 from gpt2_support.params import Config
 
@@ -78,10 +78,10 @@ def test_temporary_file_of_a_dead_process_goes_and_that_of_a_living_one_stays(tm
 
 
 def test_log_of_over_a_million_steps_is_read_again(tmp_path):
-    log = train.Log(tmp_path / "log.csv", 0)
+    log = runlog.LogFile(tmp_path / "log.csv", 0)
     for step in (999_999, 1_000_000, 1_234_567):
         log.add(step, 2.5, 1e-3, 1.0, 100.0, None, None)
-    assert train.Log(tmp_path / "log.csv", 1_000_000).rows == log.rows[:2]
+    assert runlog.LogFile(tmp_path / "log.csv", 1_000_000).rows == log.rows[:2]
     assert [int(row["step"]) for row in log.rows] == [999_999, 1_000_000, 1_234_567]
 
 
@@ -115,8 +115,8 @@ def limit_files(size):
 
 def tiny_run(step=1):
     tokens = np.arange(300) % TINY.n_vocab
-    settings = train.Settings(steps=9, batch_size=2, seq_len=8, val_data=str(len(tokens)))
-    run = train.Run(train.init_params(TINY), settings, step=step)
+    config = train.TrainConfig(steps=9, batch_size=2, seq_len=8, val_data=str(len(tokens)))
+    run = train.TrainState(train.init_params(TINY), config, step=step)
     run.optimizer.m[:] = step
     return run
 
@@ -197,7 +197,7 @@ def test_full_file_system_keeps_the_last_checkpoint(small_disk):
 
 
 def test_full_file_system_names_the_log(small_disk):
-    log = train.Log(small_disk / "log.csv", 0)
+    log = runlog.LogFile(small_disk / "log.csv", 0)
     with contextlib.suppress(OSError), open(small_disk / "ballast", "wb", buffering=0) as file:
         while True:
             file.write(bytes(512))

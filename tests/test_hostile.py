@@ -31,7 +31,7 @@ import pytest
 
 import encoder
 import train
-from gpt2_support import http, hub, weights
+from gpt2_support import http, hub, runlog, weights
 from gpt2_support.formats import crc32c, huggingface, llmc, tensorflow, token_table
 from gpt2_support.params import Config, Params, tensors
 
@@ -545,9 +545,9 @@ def test_vocabulary_of_long_tokens_is_no_hang(tmp_path):
 @pytest.fixture
 def checkpoint(tmp_path):
     """The folder of a run, and a function that resumes it as far as reading goes."""
-    settings = train.Settings(steps=3, batch_size=1, seq_len=4, data="tokens.bin")
+    settings = train.TrainConfig(steps=3, batch_size=1, seq_len=4, data="tokens.bin")
     config = Config(n_vocab=20, n_ctx=4, n_embd=4, n_head=1, n_layer=1)
-    run = train.Run(train.init_params(config), settings, step=2, best_loss=2.5)
+    run = train.TrainState(train.init_params(config), settings, step=2, best_loss=2.5)
     run.optimizer.m[:], run.optimizer.v[:] = 0.5, 0.25
     train.save_checkpoint(tmp_path, run)
 
@@ -556,7 +556,7 @@ def checkpoint(tmp_path):
         assert type(found.step) is int and found.step >= 0
         for array in (found.params.flat, found.optimizer.m, found.optimizer.v):
             assert array.dtype == np.float32 and array.flags.writeable
-        for name, value in vars(found.settings).items():
+        for name, value in vars(found.config).items():
             assert type(value) in (type(getattr(settings, name)), int, str, type(None)), name
 
     read()
@@ -650,7 +650,7 @@ def test_checkpoint_that_unpacks_to_gigabytes_is_refused(checkpoint, name):
 
 def test_log_of_any_bytes(tmp_path):
     path = tmp_path / "log.csv"
-    log = train.Log(path, 0)
+    log = runlog.LogFile(path, 0)
     for step in range(1, 30):
         log.add(step, 2.5, 1e-3, 1.0, 100.0, *((2.25, 1.5) if step % 5 == 0 else (None, None)))
     content = path.read_bytes()
@@ -666,7 +666,7 @@ def test_log_of_any_bytes(tmp_path):
         return "\n".join(lines).encode()
 
     def read():
-        resumed = train.Log(path, 20)
+        resumed = runlog.LogFile(path, 20)
         resumed.add(21, 2.5, 1e-3, 1.0, 100.0, None, None)
         steps = [int(row["step"]) for row in resumed.rows]
         numbers = [float(value) for row in resumed.rows for value in row.values() if value]

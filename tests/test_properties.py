@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import openai_files
 import pytest
-from helpers import random_params
+from helpers import random_params, take_steps
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import encoder
 import gpt2
 import train
-from gpt2_support import weights
+from gpt2_support import runlog, weights
 from gpt2_support.formats import llmc
 from gpt2_support.params import Config, Params
 
@@ -92,11 +92,13 @@ def test_openai_to_ours_to_hugging_face_to_ours_is_exact(tmp_path, config, seed,
 
 @given(configs(), st.integers(0, 99), st.integers(0, 9))
 def test_any_checkpoint_saves_and_loads_bit_for_bit(tmp_path, config, seed, step):
-    run = train.Run(random_bits(config, seed), train.Settings(seed=seed, lr=seed / 7), step)
+    run = train.TrainState(
+        random_bits(config, seed), train.TrainConfig(seed=seed, lr=seed / 7), step
+    )
     run.optimizer.m, run.optimizer.v = random_bits(config, 1).flat, random_bits(config, 2).flat
     train.save_checkpoint(tmp_path, run)
     loaded = train.load_checkpoint(tmp_path)
-    assert (loaded.step, loaded.settings, loaded.best_loss) == (step, run.settings, math.inf)
+    assert (loaded.step, loaded.config, loaded.best_loss) == (step, run.config, math.inf)
     assert loaded.params.flat.tobytes() == run.params.flat.tobytes()
     assert loaded.optimizer.m.tobytes() == run.optimizer.m.tobytes()
     assert loaded.optimizer.v.tobytes() == run.optimizer.v.tobytes()
@@ -385,13 +387,15 @@ def test_float64_is_nowhere_in_training_and_generation():
     config = Config(n_vocab=50, n_ctx=16, n_embd=12, n_head=3, n_layer=2)
     params = train.init_params(config)
     data = np.random.default_rng(0).integers(50, size=300).astype(np.uint16)
-    run = train.Run(params, train.Settings(steps=3, batch_size=2, seq_len=8, grad_accum=2))
+    run = train.TrainState(
+        params, train.TrainConfig(steps=3, batch_size=2, seq_len=8, grad_accum=2)
+    )
     prompts = [[1, 2, 3], [4]]
 
     def work():
-        train.train(run, train.Windows(data, run.settings))
-        train.norm(params.flat)
-        list(train.evaluate(params, data[:40], 8))
+        take_steps(run, train.DataLoader(data, run.config))
+        train.l2_norm(params.flat)
+        train.evaluate(params, data[:40], np.ones(50, int), 8)
         gpt2.forward(params, [1, 2, 3])
         list(gpt2.generate(params, prompts, 20, temperature=0.8, top_p=0.9, seed=0))
         list(gpt2.generate(params, prompts, 20, repetition_penalty=1.3))
@@ -425,7 +429,7 @@ def test_same_seed_gives_the_same_run_in_every_process(tmp_path, call, run, monk
         flags = ["--data", text, "--out", out, "--n_vocab", 265, "--n_layer", 2, "--n_embd", 32]
         flags += ["--n_ctx", 16, "--batch_size", 4, "--steps", 12, "--eval_every", 5]
         trained = command(train, *flags, "--threads", threads, "--seed", 3)
-        rows = [(row["loss"], row["val_loss"]) for row in train.read_log(out / "log.csv")]
+        rows = [(row["loss"], row["val_loss"]) for row in runlog.read_log(out / "log.csv")]
         flags = ["--model", out, "--n_samples", 2, "--temperature", 0.9, "--seed", 5]
         sampled = command(gpt2, "The", *flags)
         files = [(out / name).read_bytes() for name in ("model.bin", "best/model.bin")]

@@ -1,4 +1,4 @@
-"""Tests of train.py: learning, evaluation, checkpoints, the loop and its command line."""
+"""Tests of train.py: learning, evaluation, the loop and its command line."""
 
 import json
 import math
@@ -14,47 +14,38 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT, TEXT, TINY, take_steps
 
 import encoder
 import gpt2
 import train
-from gpt2_support import blas
+from gpt2_support import data_parallel, datasets, runlog
+from gpt2_support.data_parallel import DataParallel
 from gpt2_support.formats import llmc
 from gpt2_support.params import Config, Params, n_params
 
-TINY = Config(n_vocab=260, n_ctx=8, n_embd=8, n_head=2, n_layer=2)
-ROOT = Path(train.__file__).parent
-TEXT = "one fish two fish red fish blue fish\nold fish new fish\n" * 60
 
-
-def settings(**kwargs):
+def make_config(**kwargs):
     small = {"steps": 6, "batch_size": 2, "seq_len": 4, "warmup": 2, "eval_every": 2}
-    return train.Settings(**small | {"save_every": 2, "sample_every": 1000} | kwargs)
+    return train.TrainConfig(**small | {"save_every": 2, "sample_every": 1000} | kwargs)
 
 
-def random_tokens(n, n_vocab=TINY.n_vocab, seed=0):
+def make_state(model=TINY, dtype=np.float32, seed=0, **kwargs):
+    """A new run of a new model."""
+    start = train.init_params(model, seed)
+    return train.TrainState(Params(model, start.flat.astype(dtype)), make_config(**kwargs))
+
+
+def make_workers(params, n_threads=1):
+    return DataParallel(gpt2.loss_and_grads, params, n_threads)
+
+
+def uint16_tokens(n, n_vocab=TINY.n_vocab, seed=0):
     return np.random.default_rng(seed).integers(0, n_vocab, n).astype(np.uint16)
 
 
 def to_float64(params):
     return Params(params.config, params.flat.astype(np.float64))
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "fish.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def fish(text):
-    """Arguments for a short run on a small text; `fish("--steps", 4)` adds to them."""
-    tiny = "--n_vocab 260 --n_layer 1 --n_head 2 --n_embd 8 --n_ctx 8 --batch_size 2 --warmup 2"
-    every = "--steps 6 --eval_every 2 --save_every 2 --sample_every 3"
-    out = text.parent / "fish"
-    arguments = ["--data", text, "--out", out, *tiny.split(), *every.split()]
-    return lambda *more: [str(argument) for argument in (*arguments, *more)]
 
 
 # --- the start ----------------------------------------------------------------------------------
@@ -88,7 +79,7 @@ def test_init_params_leaves_padding_zero():
 
 def test_initial_loss_is_that_of_uniform_guesses():
     config = Config(n_vocab=1024, n_ctx=32, n_embd=64, n_head=4, n_layer=4)
-    tokens = random_tokens(33, 1024)
+    tokens = uint16_tokens(33, 1024)
     loss, _ = gpt2.loss_and_grads(train.init_params(config), tokens[:-1], tokens[1:])
     assert abs(loss - math.log(1024)) < 0.1
 
@@ -96,19 +87,19 @@ def test_initial_loss_is_that_of_uniform_guesses():
 # --- data ---------------------------------------------------------------------------------------
 
 
-def test_windows_targets_are_next_tokens():
+def test_data_loader_targets_are_next_tokens():
     tokens = np.arange(1000, dtype=np.uint16)
     for order in ("random", "sequential"):
-        data = train.Windows(tokens, settings(batch_size=3, seq_len=7, order=order))
+        data = train.DataLoader(tokens, make_config(batch_size=3, seq_len=7, order=order))
         x, y = data.batch(5)
         assert x.shape == y.shape == (3, 7)
         assert (y == x + 1).all()
         assert (np.diff(x) == 1).all()
 
 
-def test_windows_pass_takes_each_window_once():
+def test_data_loader_pass_takes_each_window_once():
     tokens = np.arange(1000, dtype=np.uint16)
-    data = train.Windows(tokens, settings(batch_size=1, seq_len=10))
+    data = train.DataLoader(tokens, make_config(batch_size=1, seq_len=10))
     passes = []
     for n_pass in range(2):
         numbers = range(n_pass * data.n_windows, (n_pass + 1) * data.n_windows)
@@ -119,37 +110,37 @@ def test_windows_pass_takes_each_window_once():
     assert sorted(passes[0]) != sorted(passes[1])  # cut at another offset
 
 
-def test_windows_offset_reaches_both_ends():
+def test_data_loader_offset_reaches_both_ends():
     tokens = np.arange(26, dtype=np.uint16)  # the only offsets for two windows of 10 are 0 to 5
-    data = train.Windows(tokens, settings(batch_size=1, seq_len=10))
+    data = train.DataLoader(tokens, make_config(batch_size=1, seq_len=10))
     assert data.n_windows == 1
     starts = {int(data.batch(number)[0][0, 0]) for number in range(400)}
     assert starts == set(range(16))
 
 
-def test_windows_batch_depends_on_number_only():
-    tokens = random_tokens(500)
-    one, two = (train.Windows(tokens, settings()) for _ in range(2))
+def test_data_loader_batch_depends_on_number_only():
+    tokens = uint16_tokens(500)
+    one, two = (train.DataLoader(tokens, make_config()) for _ in range(2))
     for number in (0, 40, 3, 200):
         for _ in range(number % 7):
             two.batch(_)  # what was read before does not matter
         assert (one.batch(number)[0] == two.batch(number)[0]).all()
-    other = train.Windows(tokens, settings(seed=1))
+    other = train.DataLoader(tokens, make_config(seed=1))
     assert (one.batch(0)[0] != other.batch(0)[0]).any()
 
 
-def test_windows_sequential_goes_through_the_data():
+def test_data_loader_sequential_goes_through_the_data():
     tokens = np.arange(100, dtype=np.uint16)
-    data = train.Windows(tokens, settings(batch_size=2, seq_len=5, order="sequential"))
+    data = train.DataLoader(tokens, make_config(batch_size=2, seq_len=5, order="sequential"))
     assert data.batch(0)[0].tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     assert data.batch(1)[0][0, 0] == 10
     assert data.batch(9)[0].tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]  # the second pass
 
 
-def test_windows_refuse_data_shorter_than_a_batch():
-    train.Windows(random_tokens(2 * 4 + 1), settings())
+def test_data_loader_refuse_data_shorter_than_a_batch():
+    train.DataLoader(uint16_tokens(2 * 4 + 1), make_config())
     with pytest.raises(ValueError, match="data of 8 tokens is shorter than one batch of 2 windows"):
-        train.Windows(random_tokens(2 * 4), settings())
+        train.DataLoader(uint16_tokens(2 * 4), make_config())
 
 
 # --- learning -----------------------------------------------------------------------------------
@@ -169,15 +160,16 @@ def naive_adamw(p, gradients, lr, decay, beta1=0.9, beta2=0.95, eps=1e-8):
 @pytest.mark.parametrize("block", [7, 32768])
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_adamw_equals_its_formulas_in_any_blocks(monkeypatch, block, n_threads):
-    monkeypatch.setattr(train.AdamW, "BLOCK", block)
+    monkeypatch.setattr(data_parallel, "BLOCK", block)
     params = to_float64(train.init_params(TINY))
     start = Params(TINY, params.flat.copy())
     rng = np.random.default_rng(3)
     gradients = [rng.standard_normal(params.flat.size) for _ in range(3)]
-    optimizer, share = train.AdamW(params), train.Team(params, n_threads).share
+    optimizer = train.AdamW(params)
+    parallel, config = make_workers(params, n_threads).parallel, make_config(weight_decay=0.3)
     for step, gradient in enumerate(gradients, 1):
         grads = Params(TINY, gradient * 4)
-        optimizer.step(params, grads, 0.01, step, settings(weight_decay=0.3), 0.25, share)
+        optimizer.step(params, grads, 0.01, step, config, 0.25, parallel)
     for name in params.named:
         decay = 0.0 if name.endswith(("/b", "/g")) else 0.3
         trees = (Params(TINY, gradient).named[name] for gradient in gradients)
@@ -191,17 +183,17 @@ def test_adamw_keeps_float32_and_padding():
     grads = Params(TINY)
     for array in grads.named.values():
         array[...] = 1
-    train.AdamW(params).step(params, grads, np.float64(0.1), 1, settings(), scale=np.float64(1))
+    train.AdamW(params).step(params, grads, np.float64(0.1), 1, make_config(), np.float64(1))
     assert params.flat.dtype == np.float32
     assert (params.flat[260 * 8 : 384 * 8] == 0).all()
 
 
 def test_adamw_ten_steps_equal_pytorch(shared):
     golden = np.load(shared("golden/adamw.npz"))
-    config = Config(**json.loads(str(golden["config"])))
+    model = Config(**json.loads(str(golden["config"])))
 
     def fill(prefix):
-        params = Params(config, np.zeros(n_params(config)))
+        params = Params(model, np.zeros(n_params(model)))
         for name, array in params.named.items():
             value = golden[f"{prefix}:{name}"]
             array[...] = value.T if name.endswith("/w") else value
@@ -209,18 +201,18 @@ def test_adamw_ten_steps_equal_pytorch(shared):
 
     names = ("lr", "beta1", "beta2", "eps", "weight_decay", "grad_clip")
     given = {name: float(golden[name]) for name in names}
-    s = train.Settings(**given, min_lr=given["lr"], warmup=0, steps=10)
-    run, end = train.Run(fill("start"), s), fill("end")
-    team = train.Team(run.params)
-    for loss, grad_norm in zip(golden["losses"], golden["grad_norms"], strict=True):
-        got = train.train_step(run, team, [(golden["tokens"], golden["targets"])])
-        assert got[:2] == pytest.approx((loss, grad_norm), rel=1e-9)
-    for name, array in run.params.named.items():
+    config = train.TrainConfig(**given, min_lr=given["lr"], warmup=0, steps=10)
+    state, end = train.TrainState(fill("start"), config), fill("end")
+    workers, batch = make_workers(state.params), (golden["tokens"], golden["targets"])
+    for expected in zip(golden["losses"], golden["grad_norms"], strict=True):
+        loss, grad_norm, _ = train.train_step(state, [batch], workers)
+        assert (loss, grad_norm) == pytest.approx(expected, rel=1e-9)
+    for name, array in state.params.named.items():
         np.testing.assert_allclose(array, end.named[name], rtol=0, atol=1e-9, err_msg=name)
 
 
 def test_learning_rate_warms_up_and_decays_to_its_floor():
-    s = settings(steps=100, warmup=10, lr=1.0, min_lr=0.1)
+    s = make_config(steps=100, warmup=10, lr=1.0, min_lr=0.1)
     rates = [train.learning_rate(step, s) for step in range(101)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert max(rates) == rates[9] == rates[10] == 1
@@ -231,88 +223,64 @@ def test_learning_rate_warms_up_and_decays_to_its_floor():
     assert train.learning_rate(100, replace(s, decay_steps=190)) == pytest.approx(0.55)
 
 
-def test_norm_is_euclidean():
+def test_l2_norm_is_euclidean():
     values = np.random.default_rng(0).standard_normal(200_000)
-    for share in (train.alone, train.Team(train.init_params(TINY), 3).share):
-        assert train.norm(values, share) == pytest.approx(np.linalg.norm(values), rel=1e-12)
+    for parallel in (data_parallel.serial, make_workers(train.init_params(TINY), 3).parallel):
+        assert train.l2_norm(values, parallel) == pytest.approx(np.linalg.norm(values), rel=1e-12)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 4])
 @pytest.mark.parametrize("n_batches", [1, 2])
 def test_train_step_is_that_of_the_whole_batch_however_it_is_shared(n_threads, n_batches):
-    tokens = random_tokens(8 * 8).reshape(8, 8)
+    tokens = uint16_tokens(8 * 8).reshape(8, 8)
     ends = []
     for n, threads in ((1, 1), (n_batches, n_threads)):
-        run = train.Run(to_float64(train.init_params(TINY)), settings())
-        parts = np.split(tokens, n)
-        batches = [(part[:, :-1], part[:, 1:]) for part in parts]
-        team = train.Team(run.params, threads)
-        for _ in range(2):  # what a team did before must not matter
-            figures = train.train_step(run, team, batches)
-        ends.append((*figures, run.params.flat))
+        state = make_state(dtype=np.float64)
+        batches = [(part[:, :-1], part[:, 1:]) for part in np.split(tokens, n)]
+        workers = make_workers(state.params, threads)
+        for _ in range(2):  # what the workers did before must not matter
+            figures = train.train_step(state, batches, workers)
+        ends.append((*figures, state.params.flat))
     assert ends[0][:3] == pytest.approx(ends[1][:3], rel=1e-12)
     np.testing.assert_allclose(ends[0][3], ends[1][3], rtol=1e-9, atol=1e-12)
 
 
-def test_team_leaves_the_number_of_blas_threads():
-    before, seen = blas.get_threads(), []
-    wide = replace(TINY, n_embd=256)
-    blas.set_threads(2)
-    for config, n in ((TINY, 1), (wide, 1), (wide, 2)):
-        with train.blas_threads(config, n):
-            seen.append(blas.get_threads())
-        assert blas.get_threads() == (2 if blas.openblas("get_num_threads") else 1)
-    blas.set_threads(before)
-    assert seen == [1, 2, 1] or not blas.openblas("get_num_threads")
-
-
-def test_team_of_one_shares_the_elementwise_work_on_large_buffers(monkeypatch):
-    monkeypatch.setattr(blas, "get_threads", lambda: 3)
-    large = Config(n_vocab=1 << 16, n_ctx=4, n_embd=16, n_head=2, n_layer=1)
-    for config, n_parts in ((TINY, 1), (large, 3)):
-        team = train.Team(train.init_params(config))
-        assert team.share(lambda i, n: (i, n)) == [(i, n_parts) for i in range(n_parts)]
-
-
 def test_train_step_clips_the_gradient_to_its_limit():
-    tokens = random_tokens(9)[None]
-    seen = []
+    tokens = uint16_tokens(9)[None]
+    norms = []
 
     class Spy(train.AdamW):
-        def step(self, params, grads, lr, step, settings, scale=1.0, share=train.alone):
-            seen.append(scale * np.linalg.norm(grads.flat))
+        def step(self, params, grads, lr, t, config, scale=1.0, parallel=data_parallel.serial):
+            norms.append(scale * np.linalg.norm(grads.flat))
 
     for clip in (1e-3, 1e3):
-        run = train.Run(train.init_params(TINY), settings(grad_clip=clip))
-        run.optimizer = Spy(run.params)
+        state = make_state(grad_clip=clip)
+        state.optimizer = Spy(state.params)
         batch = tokens[:, :-1], tokens[:, 1:]
-        _, before, _ = train.train_step(run, train.Team(run.params), [batch])
-        assert seen.pop() == pytest.approx(min(clip, before), rel=1e-3)
+        _, before, _ = train.train_step(state, [batch], make_workers(state.params))
+        assert norms.pop() == pytest.approx(min(clip, before), rel=1e-3)
         assert 1e-3 < before < 1e3
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_train_step_stops_before_a_non_finite_update(poison):
-    run = train.Run(train.init_params(TINY), settings())
-    run.params.h[0].mlp.c_fc.b[2] = poison
-    before, tokens = run.params.flat.copy(), random_tokens(9)[None]
+    state = make_state()
+    state.params.h[0].mlp.c_fc.b[2] = poison
+    before, tokens = state.params.flat.copy(), uint16_tokens(9)[None]
     with np.errstate(all="ignore"), pytest.raises(ValueError, match="diverged: at step 1 the loss"):
-        train.train_step(run, train.Team(run.params), [(tokens[:, :-1], tokens[:, 1:])])
-    np.testing.assert_array_equal(run.params.flat, before)
-    assert run.step == 0 and not run.optimizer.m.any()
+        train.train_step(state, [(tokens[:, :-1], tokens[:, 1:])], make_workers(state.params))
+    np.testing.assert_array_equal(state.params.flat, before)
+    assert state.step == 0 and not state.optimizer.m.any()
 
 
-def test_train_overfits_one_batch():
-    tokens = random_tokens(4 * 8 + 1)
-    s = settings(
-        steps=300, batch_size=4, seq_len=8, order="sequential", lr=1e-2, min_lr=1e-3, warmup=10
+def test_training_overfits_one_batch():
+    rates = {"lr": 1e-2, "min_lr": 1e-3, "warmup": 10, "weight_decay": 0.0}
+    state = make_state(
+        replace(TINY, n_embd=32), steps=300, batch_size=4, seq_len=8, order="sequential", **rates
     )
-    config = replace(TINY, n_embd=32)
-    losses = []
-    run = train.Run(train.init_params(config), replace(s, weight_decay=0))
-    data = train.Windows(tokens, s)
-    data.n_windows = 4  # every window of this batch, in the same places each pass
-    train.train(run, data, lambda loss, norm, lr: losses.append(loss))
+    loader = train.DataLoader(uint16_tokens(4 * 8 + 1), state.config)
+    loader.n_windows = 4  # every window of this batch, in the same places each pass
+    losses = take_steps(state, loader)
     assert losses[0] > 5
     assert losses[-1] < 0.01
 
@@ -323,11 +291,11 @@ def test_train_overfits_one_batch():
 @pytest.mark.parametrize("n", [2, 5, 8, 9, 10, 17, 40])
 @pytest.mark.parametrize("stride", [None, 1, 3, 8])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_evaluate_counts_each_token_once_in_its_first_window(n, stride, batch_size):
+def test_window_losses_count_each_token_once_in_its_first_window(n, stride, batch_size):
     params = to_float64(train.init_params(TINY))
     params.flat *= 20
-    tokens = random_tokens(n)
-    losses = np.concatenate(list(train.evaluate(params, tokens, 8, stride, batch_size)))
+    tokens = uint16_tokens(n)
+    losses = np.concatenate(list(train.window_losses(params, tokens, 8, stride, batch_size)))
     expected = []
     for target in range(1, n):
         start = 0
@@ -341,196 +309,169 @@ def test_evaluate_counts_each_token_once_in_its_first_window(n, stride, batch_si
 
 def test_evaluate_refuses_too_few_tokens():
     with pytest.raises(ValueError, match="evaluate on 1 tokens"):
-        list(train.evaluate(train.init_params(TINY), random_tokens(1), 8))
+        train.evaluate(train.init_params(TINY), uint16_tokens(1), np.ones(260, int), 8)
 
 
-def test_score_is_in_nats_a_token_and_bits_a_byte():
+def test_evaluate_is_in_nats_a_token_and_bits_a_byte():
     enc = encoder.train(TEXT, 260)
     params = Params(TINY)  # all zeros: every token is as likely
     tokens = np.array([enc.eot, *enc.encode("one fish"), enc.eot, *enc.encode("two")], np.uint16)
-    found = train.score(params, enc, tokens, 4)
-    assert found.n_tokens == len(tokens) - 1
-    assert found.n_bytes == len(b"one fishtwo")  # end-of-text is no bytes
-    assert found.loss == pytest.approx(math.log(260), rel=1e-6)
-    bits = found.n_tokens * math.log2(260) / found.n_bytes
-    assert found.bits_per_byte == pytest.approx(bits, rel=1e-6)
-    assert f"perplexity 260.00, {bits:.4f} bits a byte" in str(found)
+    result = train.evaluate(params, tokens, datasets.token_lengths(enc), 4)
+    assert result.n_tokens == len(tokens) - 1
+    assert result.n_bytes == len(b"one fishtwo")  # end-of-text is no bytes
+    assert result.loss == pytest.approx(math.log(260), rel=1e-6)
+    bits = result.n_tokens * math.log2(260) / result.n_bytes
+    assert result.bits_per_byte == pytest.approx(bits, rel=1e-6)
+    assert f"perplexity 260.00, {bits:.4f} bits a byte" in str(result)
 
 
-def test_score_without_end_of_text_counts_all_bytes():
+def test_evaluate_without_end_of_text_counts_all_bytes():
     enc = encoder.Encoder(encoder.train(TEXT, 260).tokens[:-1])
     tokens = np.array(enc.encode("one fish two"), np.uint16)
     params = Params(replace(TINY, n_vocab=259))
-    found = train.score(params, enc, tokens, 4)
-    assert found.n_bytes == len("one fish two") - len(enc.tokens[tokens[0]])
+    result = train.evaluate(params, tokens, datasets.token_lengths(enc), 4)
+    assert result.n_bytes == len("one fish two") - len(enc.tokens[tokens[0]])
 
 
-# --- checkpoints --------------------------------------------------------------------------------
+# --- checkpoints of a run -----------------------------------------------------------------------
 
 
-def same_run(one, two):
+def same_state(one, two):
     return (
         one.step == two.step
         and one.best_loss == two.best_loss
-        and one.settings == two.settings
+        and one.config == two.config
         and (one.params.flat == two.params.flat).all()
         and (one.optimizer.m == two.optimizer.m).all()
         and (one.optimizer.v == two.optimizer.v).all()
     )
 
 
-def test_train_resumes_bit_for_bit(tmp_path):
-    tokens, s = random_tokens(300), settings(steps=8, grad_accum=2)
-    whole = train.Run(train.init_params(TINY), s)
-    train.train(whole, train.Windows(tokens, s))
-    half = train.Run(train.init_params(TINY), s)
-    train.train(half, train.Windows(tokens, s), stop=lambda: half.step == 3)
+def test_training_resumes_bit_for_bit(tmp_path):
+    whole, half = (make_state(steps=8, grad_accum=2) for _ in range(2))
+    loader = train.DataLoader(uint16_tokens(300), whole.config)
+    take_steps(whole, loader)
+    take_steps(half, loader, until=3)
     train.save_checkpoint(tmp_path, half)
     resumed = train.load_checkpoint(tmp_path)
-    assert same_run(resumed, half) and resumed.step == 3
-    train.train(resumed, train.Windows(tokens, s))
-    assert same_run(resumed, whole) and resumed.step == 8
+    assert same_state(resumed, half) and resumed.step == 3
+    take_steps(resumed, loader)
+    assert same_state(resumed, whole) and resumed.step == 8
 
 
-def test_train_accumulates_over_batches_in_their_order():
-    seen = []
-
-    class Spy(train.Windows):
-        def batch(self, number):
-            seen.append(number)
-            return super().batch(number)
-
-    s = settings(steps=3, grad_accum=2)
-    run = train.Run(train.init_params(TINY), s)
-    train.train(run, Spy(random_tokens(300), s))
-    assert seen == [0, 1, 2, 3, 4, 5]
+def test_batches_of_the_steps_are_all_batches_in_their_order(monkeypatch):
+    numbers = []
+    monkeypatch.setattr(train.DataLoader, "batch", lambda self, number: numbers.append(number))
+    loader = train.DataLoader(uint16_tokens(300), make_config(grad_accum=2))
+    assert [len(loader.batches(step)) for step in range(3)] == [2, 2, 2]
+    assert numbers == [0, 1, 2, 3, 4, 5]
 
 
-def test_checkpoint_model_is_the_runs(tmp_path):
-    run = train.Run(train.init_params(TINY), settings(), step=5)
-    train.save_checkpoint(tmp_path, run)
-    assert (llmc.load_params(tmp_path / "model.bin").flat == run.params.flat).all()
-
-
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text"])
-def test_load_checkpoint_refuses_damage(tmp_path, damage):
-    run = train.Run(train.init_params(TINY), settings())
-    train.save_checkpoint(tmp_path, run)
-    path = tmp_path / "state.npz"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    pieces = {"cut": data[: len(data) // 2], "flip": data, "empty": b"", "text": b"hello there"}
-    path.write_bytes(pieces[damage])
-    with pytest.raises(ValueError, match=r"state\.npz: not a whole checkpoint"):
-        train.load_checkpoint(tmp_path)
-
-
-def test_load_checkpoint_without_one_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no run to resume"):
-        train.load_checkpoint(tmp_path)
-
-
-def test_save_checkpoint_failing_keeps_the_old_one(tmp_path, monkeypatch):
-    run = train.Run(train.init_params(TINY), settings(), step=2)
-    train.save_checkpoint(tmp_path, run)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def full_disk(file, *arrays):
-        file.write(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(train, "write_npz", full_disk)
-    run.step = 3
-    with pytest.raises(OSError, match="No space left"):
-        train.save_checkpoint(tmp_path, run)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_log_drops_the_rows_after_the_step_it_resumes_from(tmp_path):
-    path = tmp_path / "log.csv"
-    log = train.Log(path, 0)
-    for step in range(1, 6):
-        log.add(step, 2.5, 1e-3, 1.0, 100.0, 2.25 if step == 2 else None, None)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("6,2.")  # killed in the middle of a row
-    log = train.Log(path, 3)
-    log.add(4, 1.5, 1e-3, 1.0, 100.0, None, None)
-    rows = train.read_log(path)
-    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
-    assert [row["loss"] for row in rows] == ["2.5", "2.5", "2.5", "1.5"]
-    assert rows == log.rows
-    assert rows[1]["val_loss"] == "2.25" and rows[2]["val_loss"] == ""
-    assert train.read_log(tmp_path / "none.csv") == []
-
-
-def test_plot_log_draws_a_png(tmp_path):
-    pytest.importorskip("matplotlib")
-    log = train.Log(tmp_path / "log.csv", 0)
-    for step in range(1, 4):
-        log.add(step, 2.5 / step, 1e-3, 1.0, 100.0, 2.25 if step == 2 else None, None)
-    train.plot_log(log.rows, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+def test_checkpoint_model_is_that_of_the_state(tmp_path):
+    state = make_state()
+    train.save_checkpoint(tmp_path, state)
+    assert (llmc.load_params(tmp_path / "model.bin").flat == state.params.flat).all()
 
 
 # --- the command line ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "fish.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "fish"
+
+
+@pytest.fixture
+def fish(text, out):
+    """Arguments for a short run on a small text; `fish("--steps", 4)` adds to them."""
+    tiny = "--n_vocab 260 --n_layer 1 --n_head 2 --n_embd 8 --n_ctx 8 --batch_size 2 --warmup 2"
+    every = "--steps 6 --eval_every 2 --save_every 2 --sample_every 3"
+    arguments = ["--data", text, "--out", out, *tiny.split(), *every.split()]
+    return lambda *more: [str(argument) for argument in (*arguments, *more)]
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Draw no loss.png, which takes longer than the training of these tests."""
+    monkeypatch.setattr(runlog, "plot_log", lambda rows, path: None)
+
+
+@pytest.fixture
+def trained(no_picture, call, fish, out):
+    """The folder of a run that has ended."""
+    done = call(train, *fish())
+    assert done.returncode == 0, done.stderr
+    return out
 
 
 def last_line(text):
     return text.strip().splitlines()[-1]
 
 
-def test_command_trains_from_text_and_its_last_line_samples(run, fish, text):
-    done = run("train.py", *fish())
+def losses(out):
+    rows = runlog.read_log(out / "log.csv")
+    return [(row["step"], row["loss"], row["val_loss"]) for row in rows]
+
+
+def saved(out):
+    return [(out / name).read_bytes() for name in ("model.bin", "state.npz")]
+
+
+def test_command_trains_from_text_and_its_last_line_samples(call, fish, out):
+    done = call(train, *fish())
     assert done.returncode == 0, done.stderr
-    out = text.parent / "fish"
     assert {"model.bin", "tokenizer.bin", "state.npz", "log.csv", "best"} <= set(os.listdir(out))
     assert set(os.listdir(out / "best")) == {"model.bin", "tokenizer.bin"}
-    rows = train.read_log(out / "log.csv")
+    rows = runlog.read_log(out / "log.csv")
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [bool(row["val_loss"]) for row in rows] == [False, True] * 3
     best = min(float(row["val_loss"]) for row in rows if row["val_loss"])
     assert train.load_checkpoint(out).best_loss == pytest.approx(best, rel=1e-5)
     count = 260 * 8 + 8 * 8 + 12 * 8 * 8 + 13 * 8 + 2 * 8
     assert f"{count:,} parameters: 1 layers, 2 heads, 8 channels" in done.stderr
+    assert done.stderr.count("a sample at temperature 0.8") == 2 and done.stdout.strip()
     command = shlex.split(last_line(done.stderr).split("To sample: ")[1])
-    sampled = subprocess.run(
-        [sys.executable, *command[1:]], cwd=ROOT, capture_output=True, timeout=60
-    )
+    assert command[:2] == ["python", "gpt2.py"]
+    sampled = call(gpt2, *command[2:])
     assert sampled.returncode == 0, sampled.stderr
     assert sampled.stdout.strip()
 
 
-def test_command_reads_tokens_files(run, fish, text):
+def test_command_reads_tokens_files(no_picture, call, fish, text, out):
     tokenizer, data = text.parent / "tokenizer.bin", text.parent / "tokens.bin"
-    assert run("encoder.py", "train", text, "--n_vocab", 260, "--out", tokenizer).returncode == 0
+    assert call(encoder, "train", text, "--n_vocab", 260, "--out", tokenizer).returncode == 0
     arguments = ("--tokenizer", tokenizer, "--out", data)
-    assert run("encoder.py", "encode", text, *arguments).returncode == 0
-    from_text = run("train.py", *fish("--tokenizer", tokenizer))
-    rows = train.read_log(text.parent / "fish" / "log.csv")
-    from_bin = run("train.py", *fish("--data", data, "--val_data", data, "--overwrite"))
+    assert call(encoder, "encode", text, *arguments).returncode == 0
+    from_text = call(train, *fish("--tokenizer", tokenizer))
+    first = losses(out)
+    from_bin = call(train, *fish("--data", data, "--val_data", data, "--overwrite"))
     assert (from_text.returncode, from_bin.returncode) == (0, 0), from_bin.stderr
-    again = train.read_log(text.parent / "fish" / "log.csv")
-    assert again[0]["loss"] != rows[0]["loss"]  # all of the tokens to train on, not 9 in 10
-    assert len(again) == len(rows)
+    second = losses(out)
+    assert second[0] != first[0]  # all of the tokens to train on, not 9 in 10
+    assert len(second) == len(first)
 
 
-def test_command_encodes_a_text_once_until_it_changes(run, fish, text):
-    assert "encoding" in run("train.py", *fish()).stderr
-    assert "encoding" not in run("train.py", *fish("--overwrite")).stderr
-    assert "encoding" in run("train.py", *fish("--overwrite", "--docs", "lines")).stderr
+def test_command_encodes_a_text_once_until_it_changes(trained, call, fish, text):
+    short = ("--steps", 2, "--overwrite")
+    assert "encoding" not in call(train, *fish(*short)).stderr
+    assert "encoding" in call(train, *fish(*short, "--docs", "lines")).stderr
     later = time.time() + 10
     text.write_text(TEXT * 2, encoding="utf-8")
     os.utime(text, (later, later))
-    changed = run("train.py", *fish("--overwrite"))
+    changed = call(train, *fish(*short))
     assert "learning a vocabulary" in changed.stderr and "encoding" in changed.stderr
 
 
-def losses(out):
-    return [(row["step"], row["loss"], row["val_loss"]) for row in train.read_log(out / "log.csv")]
-
-
-def test_command_resumes_a_killed_run_bit_for_bit(fish, text, run):
-    out, whole = text.parent / "fish", text.parent / "whole"
+@pytest.mark.thorough
+def test_command_resumes_a_killed_run_bit_for_bit(fish, text, out, run):
+    whole = text.parent / "whole"
     arguments = ("--steps", 400, "--save_every", 25, "--eval_every", 50)
     assert run("train.py", *fish(*arguments, "--out", whole)).returncode == 0
     command = [sys.executable, str(ROOT / "train.py"), *fish(*arguments)]
@@ -543,28 +484,52 @@ def test_command_resumes_a_killed_run_bit_for_bit(fish, text, run):
     resumed = run("train.py", "--resume", "--out", out)
     assert resumed.returncode == 0, resumed.stderr
     assert losses(out) == losses(whole)
-    one, two = train.load_checkpoint(out), train.load_checkpoint(whole)
-    assert same_run(one, two)
+    assert same_state(train.load_checkpoint(out), train.load_checkpoint(whole))
     for name in ("model.bin", "best/model.bin"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_command_resumes_to_more_steps_bit_for_bit(run, fish, text):
-    out, whole = text.parent / "fish", text.parent / "whole"
-    assert run("train.py", *fish("--steps", 8, "--out", whole)).returncode == 0
-    assert run("train.py", *fish("--steps", 4, "--decay_steps", 8)).returncode == 0
-    assert run("train.py", "--out", out, "--resume", "--steps", 8).returncode == 0
+def test_command_resumes_to_more_steps_bit_for_bit(no_picture, call, fish, text, out):
+    whole = text.parent / "whole"
+    assert call(train, *fish("--steps", 8, "--out", whole)).returncode == 0
+    assert call(train, *fish("--steps", 4, "--decay_steps", 8)).returncode == 0
+    assert call(train, "--out", out, "--resume", "--steps", 8).returncode == 0
     assert losses(out) == losses(whole)
     assert (out / "model.bin").read_bytes() == (whole / "model.bin").read_bytes()
 
 
+def test_command_resumes_a_run_that_has_ended_and_mends_its_model(trained, call):
+    """A kill may have come after state.npz and before model.bin."""
+    whole = (trained / "model.bin").read_bytes()
+    (trained / "model.bin").write_bytes(b"of the step before")
+    assert call(train, "--out", trained, "--resume").returncode == 0
+    assert (trained / "model.bin").read_bytes() == whole
+    assert len(losses(trained)) == 6
+
+
+def test_command_saves_and_exits_after_a_signal(no_picture, call, fish, out, monkeypatch):
+    step = train.train_step
+
+    def step_with_signal(state, *args):
+        if state.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(state, *args)
+
+    monkeypatch.setattr(train, "train_step", step_with_signal)
+    done = call(train, *fish("--steps", 100, "--save_every", 100))
+    assert done.returncode == 130
+    assert train.load_checkpoint(out).step == len(losses(out)) == 3
+    resume = shlex.split(last_line(done.stderr).split("saved at step 3; go on with: ")[1])
+    assert resume == ["python", "train.py", "--resume", "--out", str(out)]
+
+
+@pytest.mark.thorough
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process alone")
-def test_command_saves_and_exits_on_ctrl_c(run, fish, text):
-    out = text.parent / "fish"
+def test_command_saves_and_exits_on_ctrl_c(run, fish, out):
     arguments = ("--steps", 100_000, "--save_every", 100_000)
     command = [sys.executable, str(ROOT / "train.py"), *fish(*arguments)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while len(train.read_log(out / "log.csv")) < 3:
+    while len(losses(out)) < 3:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -573,7 +538,7 @@ def test_command_saves_and_exits_on_ctrl_c(run, fish, text):
     assert "Traceback" not in message
     step = train.load_checkpoint(out).step
     assert f"saved at step {step}; go on with: python " in last_line(message)
-    assert step == len(train.read_log(out / "log.csv")) >= 3
+    assert step == len(losses(out)) >= 3
     resume = shlex.split(last_line(message).split("go on with: ")[1])
     assert Path(resume[1]).resolve() == ROOT / "train.py"
     resumed = run("train.py", *resume[2:], "--steps", step + 2)
@@ -581,77 +546,74 @@ def test_command_saves_and_exits_on_ctrl_c(run, fish, text):
     assert train.load_checkpoint(out).step == step + 2
 
 
-def test_command_stops_when_it_diverges_and_keeps_the_checkpoint(run, fish, text):
-    out = text.parent / "fish"
-    assert run("train.py", *fish()).returncode == 0
-    run_ = train.load_checkpoint(out)
-    run_.params.flat[:100] = np.inf
-    train.save_checkpoint(out, run_)
-    before = (out / "state.npz").read_bytes(), (out / "model.bin").read_bytes()
-    done = run("train.py", "--resume", "--out", out, "--steps", 12)
+def test_command_stops_when_it_diverges_and_keeps_the_checkpoint(trained, call):
+    state = train.load_checkpoint(trained)
+    state.params.flat[:100] = np.inf
+    train.save_checkpoint(trained, state)
+    before = saved(trained)
+    done = call(train, "--resume", "--out", trained, "--steps", 12)
     assert done.returncode == 1
     assert "training has diverged: at step 7 the loss is nan" in last_line(done.stderr)
-    assert before == ((out / "state.npz").read_bytes(), (out / "model.bin").read_bytes())
+    assert saved(trained) == before
 
 
-def test_command_fine_tunes_a_model(run, fish, text):
-    out, tuned = text.parent / "fish", text.parent / "tuned"
-    assert run("train.py", *fish()).returncode == 0
-    arguments = ("--data", text, "--init", out, "--out", tuned, "--steps", 2, "--batch_size", 2)
-    done = run("train.py", *arguments)
+def test_command_fine_tunes_a_model(trained, call, text):
+    tuned = text.parent / "tuned"
+    arguments = ("--data", text, "--init", trained, "--out", tuned, "--steps", 2)
+    done = call(train, *arguments, "--batch_size", 2)
     assert done.returncode == 0, done.stderr
-    first, _ = train.read_log(tuned / "log.csv")
+    first, _ = runlog.read_log(tuned / "log.csv")
     assert float(first["lr"]) == pytest.approx(5e-5 / 20)  # fine-tuning has a default of its own
-    start, end = llmc.load_params(out), llmc.load_params(tuned)
+    start, end = llmc.load_params(trained), llmc.load_params(tuned)
     assert 0 < abs(end.flat - start.flat).max() < 1e-4
-    assert (out / "tokenizer.bin").read_bytes() == (tuned / "tokenizer.bin").read_bytes()
+    assert (trained / "tokenizer.bin").read_bytes() == (tuned / "tokenizer.bin").read_bytes()
 
 
-def test_command_tunes_and_resumes_a_model_with_more_ids_than_its_tokenizer(run, fish, text):
-    wide, out = text.parent / "wide", text.parent / "fish"
-    llmc.save_params(wide / "model.bin", train.init_params(replace(TINY, n_vocab=300)))
-    encoder.train(TEXT, 260).save(wide / "tokenizer.bin")
-    assert run("train.py", *fish("--init", wide, "--steps", 2)).returncode == 0
-    resumed = run("train.py", "--resume", "--out", out, "--steps", 4)
+def save_model(folder, n_vocab):
+    """Save a model of n_vocab ids with a tokenizer of 260."""
+    llmc.save_params(folder / "model.bin", train.init_params(replace(TINY, n_vocab=n_vocab)))
+    encoder.train(TEXT, 260).save(folder / "tokenizer.bin")
+
+
+def test_command_resumes_a_model_with_more_ids_than_its_tokenizer(
+    no_picture, call, fish, out, tmp_path
+):
+    save_model(tmp_path / "wide", 300)
+    assert call(train, *fish("--init", tmp_path / "wide", "--steps", 2)).returncode == 0
+    resumed = call(train, "--resume", "--out", out, "--steps", 4)
     assert resumed.returncode == 0, resumed.stderr
     assert train.load_checkpoint(out).params.config.n_vocab == 300
 
 
-def test_command_refuses_a_tokenizer_of_another_model(run, fish, text):
-    small = text.parent / "small"
-    llmc.save_params(small / "model.bin", train.init_params(replace(TINY, n_vocab=259)))
-    encoder.train(TEXT, 260).save(small / "tokenizer.bin")
+def test_command_refuses_a_tokenizer_of_another_model(call, fish, tmp_path):
+    save_model(tmp_path / "small", 259)
     for more in ((), ("--eval_only",)):
-        done = run("train.py", *fish("--init", small, *more))
+        done = call(train, *fish("--init", tmp_path / "small", *more))
         assert done.returncode == 1
         assert "260 tokens, the model only 259: they do not belong together" in done.stderr
 
 
-def test_command_eval_only_prints_scores(run, fish, text):
-    out = text.parent / "fish"
-    assert run("train.py", *fish()).returncode == 0
-    enc, params = encoder.load(out), gpt2.load(out)
-    before = (out / "model.bin").read_bytes()
-    done = run("train.py", "--eval_only", "--init", out, "--data", text, "--stride", 3)
+def test_command_eval_only_prints_how_well_a_model_predicts(trained, call, text):
+    enc, params = encoder.load(trained), gpt2.load(trained)
+    before = saved(trained)
+    done = call(train, "--eval_only", "--init", trained, "--data", text, "--stride", 3)
     assert done.returncode == 0, done.stderr
     tokens = np.array([enc.eot, *enc.encode(TEXT)])
-    found = train.score(params, enc, tokens, 8, 3)
-    assert str(found) in done.stdout
+    result = train.evaluate(params, tokens, datasets.token_lengths(enc), 8, 3)
+    assert str(result) in done.stdout
     assert f"{len(tokens) - 1} tokens ({len(TEXT)} bytes), in windows of 8, stride 3" in done.stdout
     assert re.search(r"[\d.]+ nats a token, perplexity [\d.]+, [\d.]+ bits a byte", done.stdout)
-    assert (out / "model.bin").read_bytes() == before
+    assert saved(trained) == before
 
 
-def test_command_refuses_to_replace_a_model_unasked(run, fish, text):
-    out = text.parent / "fish"
-    assert run("train.py", *fish()).returncode == 0
-    before = (out / "model.bin").read_bytes()
-    refused = run("train.py", *fish("--seed", 1))
+def test_command_refuses_to_replace_a_model_unasked(trained, call, fish):
+    before = saved(trained)
+    refused = call(train, *fish("--seed", 1))
     assert refused.returncode == 1
     assert "there is a model already: --resume goes on with it" in last_line(refused.stderr)
-    assert (out / "model.bin").read_bytes() == before
-    assert run("train.py", *fish("--seed", 1, "--overwrite")).returncode == 0
-    assert (out / "model.bin").read_bytes() != before
+    assert saved(trained) == before
+    assert call(train, *fish("--seed", 1, "--overwrite")).returncode == 0
+    assert saved(trained)[0] != before[0]
 
 
 ERRORS = {
@@ -673,57 +635,34 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_command_errors_are_one_clear_line(run, fish, text, case):
+def test_command_errors_are_one_clear_line(call, fish, out, case):
     arguments, status, message = ERRORS[case]
-    done = run("train.py", *([] if case == "no data" else fish(*arguments)))
+    done = call(train, *([] if case == "no data" else fish(*arguments)))
     assert done.returncode == status
     assert message in last_line(done.stderr)
     assert "Traceback" not in done.stderr
-    assert not (text.parent / "fish" / "model.bin").exists()
+    assert not (out / "model.bin").exists()
 
 
-def test_command_errors_about_a_model_are_one_clear_line(run, fish, text):
-    out = text.parent / "fish"
-    assert run("train.py", *fish()).returncode == 0
-    before = (out / "state.npz").read_bytes()
-    evaluate = ("--eval_only", "--init", out, "--data", text)
+def test_command_errors_about_a_model_are_one_clear_line(trained, call, text):
+    before = saved(trained)
+    evaluate = ("--eval_only", "--init", trained, "--data", text)
     cases = [
         (("--resume",), 2, "--resume needs --out, the folder of the run"),
-        (("--resume", "--out", out, "--n_layer", 3), 1, "that cannot be changed"),
+        (("--resume", "--out", trained, "--n_layer", 3), 1, "that cannot be changed"),
         ((*evaluate, "--stride", 9), 1, "expected --stride 9 <= --seq_len 8 <= n_ctx 8"),
         ((*evaluate, "--seq_len", 9), 1, "expected --stride 9 <= --seq_len 9 <= n_ctx 8"),
     ]
     for arguments, status, message in cases:
-        done = run("train.py", *arguments)
+        done = call(train, *arguments)
         assert done.returncode == status, arguments
         assert message in last_line(done.stderr)
-        assert "Traceback" not in done.stderr
-        assert (out / "state.npz").read_bytes() == before
+        assert saved(trained) == before
 
 
-def test_one_token_is_too_few_to_validate_with():
-    with pytest.raises(ValueError, match="1 tokens to validate with: give more text"):
-        train.check_validation(np.zeros(1))
-
-
-def test_a_second_ctrl_c_does_not_wait_for_the_step(monkeypatch, capsys):
-    now = [5.0]
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    with train.interrupts() as asked:
-        assert not asked()
-        for _ in range(2):  # the second is only the first one's echo
-            signal.raise_signal(signal.SIGINT)
-            assert asked()
-        now[0] = 6.5
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert capsys.readouterr().err.count("stopping after this step") == 1
-
-
-def test_command_refuses_foreign_tokens_files(run, fish, text):
+def test_command_refuses_foreign_tokens_files(call, fish, text):
     data = text.parent / "foreign.bin"
-    enc = encoder.train(TEXT, 260)
-    enc.save(text.parent / "tokenizer.bin")
+    encoder.train(TEXT, 260).save(text.parent / "tokenizer.bin")
     cases = [
         (lambda: llmc.save_tokens(data, [np.array([300] * 900)], 0), "has the id 300, but the"),
         (lambda: llmc.save_tokens(data, [np.zeros(900)], 300), "has a vocabulary of 300, but the"),
@@ -733,10 +672,10 @@ def test_command_refuses_foreign_tokens_files(run, fish, text):
     ]
     for make, message in cases:
         make()
-        done = run("train.py", *fish("--data", data))
+        done = call(train, *fish("--data", data))
         assert done.returncode == 1
         assert message in last_line(done.stderr)
         assert "foreign.bin" in last_line(done.stderr)
     (text.parent / "tokenizer.bin").unlink()
-    done = run("train.py", *fish("--data", data))
+    done = call(train, *fish("--data", data))
     assert "no tokenizer.bin beside it: give its --tokenizer" in last_line(done.stderr)

@@ -36,8 +36,8 @@ def test_wrong_dimension_is_named(k, v, wrong):
 def test_wrong_dtype_is_refused():
     with pytest.raises(jaxtyping.TypeCheckError, match=r"(?s)gpt2.gelu.*'x'"):
         gpt2.gelu(queries(2, 3, dtype=int))
-    with pytest.raises(jaxtyping.TypeCheckError, match=r"(?s)train.norm.*'values'"):
-        train.norm(queries(3, dtype=int))
+    with pytest.raises(jaxtyping.TypeCheckError, match=r"(?s)train.l2_norm.*'values'"):
+        train.l2_norm(queries(3, dtype=int))
 
 
 def test_checks_cost_nothing_without_the_tests():

@@ -1,0 +1,23 @@
+"""Tests of gpt2_support/interrupts.py; what a run does with a signal is in test_train.py."""
+
+import signal
+
+import pytest
+
+from gpt2_support import interrupts
+
+
+def test_second_ctrl_c_does_not_wait_for_the_step(monkeypatch, capsys):
+    now = [5.0]
+    monkeypatch.setattr(interrupts.time, "monotonic", lambda: now[0])
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts.deferred_interrupts() as interrupted:
+        assert not interrupted()
+        for _ in range(2):  # the second is only the first one's echo
+            signal.raise_signal(signal.SIGINT)
+            assert interrupted()
+        now[0] = 6.5
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert capsys.readouterr().err.count("stopping after this step") == 1

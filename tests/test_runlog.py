@@ -1,0 +1,44 @@
+"""Tests of gpt2_support/runlog.py: log.csv, the progress line and loss.png."""
+
+import pytest
+
+from gpt2_support import runlog
+
+FIGURES = (2.5, 1e-3, 1.0, 100.0)  # loss, lr, grad_norm, tokens_per_second
+
+
+def test_log_drops_the_rows_after_the_step_it_resumes_from(tmp_path):
+    path = tmp_path / "log.csv"
+    log = runlog.LogFile(path, 0)
+    for step in range(1, 6):
+        log.add(step, *FIGURES, 2.25 if step == 2 else None, None)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("6,2.")  # killed in the middle of a row
+    log = runlog.LogFile(path, 3)
+    log.add(4, 1.5, *FIGURES[1:], None, None)
+    rows = runlog.read_log(path)
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert [row["loss"] for row in rows] == ["2.5", "2.5", "2.5", "1.5"]
+    assert rows == log.rows
+    assert rows[1]["val_loss"] == "2.25" and rows[2]["val_loss"] == ""
+    assert runlog.read_log(tmp_path / "none.csv") == []
+
+
+def test_run_log_writes_rows_a_progress_line_and_a_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    with runlog.RunLog(tmp_path, 0, 2) as log:
+        log.add(1, *FIGURES)
+        log.add(2, *FIGURES, 2.25, 1.5)
+        log.write("a note")
+    out, err = capsys.readouterr()
+    assert out == "" and "a note\n" in err
+    assert "2/2" in err and "loss 2.500 lr 1.0e-03 norm 1.00 100 tok/s" in err
+    assert [row["val_loss"] for row in runlog.read_log(tmp_path / "log.csv")] == ["", "2.25"]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_log_without_a_folder_writes_no_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with runlog.RunLog(None, 0, 1) as log:
+        log.add(1, *FIGURES)
+    assert not list(tmp_path.iterdir())
