@@ -1,19 +1,29 @@
-"""The door to GPT-2's weights: load, save, find, download, convert.
+"""The door to GPT-2's weights: find, load, save, download and convert them.
 
-    params = load_params(find_model("124M"))
-    save_params("copy/model.bin", params)
-    convert("path/to/hugging_face_folder", "models/mine")
+    from utils import convert, download, find_model, load_params, save_params
 
-This module only names what the rooms of `gpt2_support` do, and is their command line.
+    path = find_model("124M")                 # a folder of models/; downloads OpenAI's on first use
+    params = load_params(path)                # Params: params.wte, params.h[3].attn.c_attn.w, ...
+    save_params("copy/model.bin", params)     # in llm.c's format
+    convert("path/to/gpt2", "models/mine")    # from Hugging Face's, OpenAI's or llm.c's files
+    convert("models/mine", "path/to/hf", to="hf")
+
+Parameters. `Params` is one packed buffer with a named view of every array, `Config` its
+hyper-parameters. `load_params` maps a model .bin file into memory, `save_params` writes one.
+
+Models. `find_model` returns the path of a model by name or path, `download` fetches one of OpenAI's
+models, `convert` turns a model of any format into a folder of ours or of Hugging Face's.
+`MODELS_DIR` is the folder in which models are found by name.
+
+Tokens. `load_tokenizer` returns the bytes of every token and the end-of-text id, from llm.c's,
+OpenAI's or Hugging Face's files; `save_tokenizer` writes them as llm.c does. `load_tokens` maps a
+file of token ids into memory, `save_tokens` writes one.
+
+The rooms of `gpt2_support` define all of these. The command line is `python utils.py --help`.
 """
 
 from gpt2_support.cli import run
-from gpt2_support.formats.llmc import (
-    load_params,
-    load_tokens,
-    save_params,
-    save_tokens,
-)
+from gpt2_support.formats.llmc import load_params, load_tokens, save_params, save_tokens
 from gpt2_support.formats.token_table import load_tokenizer, save_tokenizer
 from gpt2_support.hub import MODELS_DIR, download, find_model
 from gpt2_support.params import Config, Params
@@ -30,6 +40,7 @@ __all__ = [
     "load_params",
     "load_tokenizer",
     "load_tokens",
+    "main",
     "save_params",
     "save_tokenizer",
     "save_tokens",

@@ -1,4 +1,9 @@
-"""One resumable, verified download."""
+"""One file downloaded over HTTP: resumed after an interruption, retried, and verified.
+
+The bytes of FILE are appended to FILE.part. FILE.part.json keeps what the server said about the
+file, so that a later call can ask for the rest of the same file. When the length and the hashes
+are right, FILE.part is renamed to FILE.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ import os
 import re
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpt2_support import cli
 from gpt2_support.files import (
@@ -24,143 +29,133 @@ from gpt2_support.files import (
 from gpt2_support.messages import info, preview
 
 if TYPE_CHECKING:
-    from numpy import ndarray
+    from collections.abc import Callable
+    from pathlib import Path
 
-    Buffer = bytes | bytearray | memoryview | ndarray
-
+    from requests import Response
 
 TIMEOUTS = (5, 30)  # seconds to connect, and to wait for the next bytes
+MAX_FAILURES = 5  # in a row, without a new byte
+MAX_PAUSE = 60  # seconds, even if a busy server asks for more
+NUMBER = "[0-9]{1,18}"  # of bytes, in a header
+NETWORK_ADVICE = (
+    "Run this again to go on from here; or check the network and HTTPS_PROXY, name a mirror with "
+    "--base_url or GPT2_BASE_URL, or use a model that you have: "
+)
 
 
-MOST_FAILURES = 5  # in a row, without a byte of progress
+class RemoteFile(NamedTuple):
+    """What a server said about a file; None for what it did not say."""
+
+    size: int | None  # in bytes
+    md5: str | None  # in base64
+    validator: str | None  # for If-Range: an ETag, or a date
 
 
-LONGEST_PAUSE = 60  # seconds, however long a busy server asks to wait
+class TemporaryFailure(ConnectionError):
+    """A failure after which a retry may succeed, `pause` seconds later if the server says so."""
+
+    def __init__(self, message: str, pause: int = 0) -> None:
+        super().__init__(message)
+        self.pause = pause
 
 
-SIZE = "[0-9]{1,18}"  # in a header
+# Attempts
 
 
-def fetch(url, path, sha256=None, reached=False, pause=time.sleep):
-    """Download `url` to `path`, going on with an earlier part and trying again after a failure.
+def fetch(
+    url: str,
+    path: Path,
+    sha256: str | None = None,
+    has_answered: bool = False,
+    pause: Callable[[float], Any] = time.sleep,
+) -> None:
+    """Download `url` to `path`; resume an earlier attempt, and retry after a failure.
 
-    Gives up after MOST_FAILURES in a row that brought nothing, or after 2 if the server was never
-    `reached`. Raises as `download` does.
+    Gives up after MAX_FAILURES in a row without progress, or after 2 if the server has never
+    answered. Raises ConnectionError when it gives up, ValueError if what arrives is not the file,
+    and another OSError if the server refuses it or the disk cannot hold it.
     """
     import requests
 
     part = path.with_name(f"{path.name}.part")
-    best, failures = size_of(part), 0
+    best, n_failures = size_of(part), 0
     while True:
         try:
             return fetch_once(url, path, part, sha256)
         except (requests.RequestException, ConnectionError, TimeoutError, DamagedFile) as error:
-            problem = error
-        reached = reached or not is_unreachable(problem)
-        failures = 1 if size_of(part) > best else failures + 1
+            failure = error
+        has_answered = has_answered or not is_unreachable(failure)
+        n_failures = 1 if size_of(part) > best else n_failures + 1
         best = max(best, size_of(part))
-        reason = preview(str(root_cause(problem)).strip(), 400)
-        if failures >= (MOST_FAILURES if reached else 2):
-            if isinstance(problem, DamagedFile):
-                raise ValueError(f"{url}: {reason}")
-            convert = cli.command("utils.py", "convert", "--help")
-            raise ConnectionError(f"{url}: {reason}. {NETWORK_ADVICE}: {convert}")
-        seconds = max(2 ** (failures - 1), getattr(problem, "pause", 0))
-        info(f"{path.name}: {reason}; trying again in {seconds} s")
+        if n_failures >= (MAX_FAILURES if has_answered else 2):
+            raise final_error(url, failure)
+        seconds = max(2 ** (n_failures - 1), getattr(failure, "pause", 0))
+        info(f"{path.name}: {reason(failure)}; trying again in {seconds} s")
         pause(seconds)
 
 
-NETWORK_ADVICE = (
-    "Run this again to go on from here; or check the network and HTTPS_PROXY, name a mirror with "
-    "--base_url or GPT2_BASE_URL, or use a model that you have"
-)
-
-
-def is_unreachable(error):
-    """Return whether an error means that no connection was made, not that one was lost."""
-    return bool(error.args) and type(error.args[0]).__name__ == "MaxRetryError"
-
-
-def root_cause(error):
-    """Return the innermost of the exceptions that requests and urllib3 wrap into one another."""
-    while True:
-        inner = [
-            x for x in (getattr(error, "reason", None), *error.args) if isinstance(x, Exception)
-        ]
-        if not inner:
-            return error
-        error = inner[0]
-
-
-def fetch_once(url, path, part, sha256):
-    """Make one attempt at `fetch`: the request (unless all is here), the checks, the rename."""
-    import requests
-
-    state = read_state(part)
-    have = size_of(part) if state else 0
-    if not have or have != state["size"]:
-        headers = {"Accept-Encoding": "identity"}
-        if have:
-            headers["Range"] = f"bytes={have}-"
-        if have and state["validator"]:
-            headers["If-Range"] = state["validator"]  # the rest only if the file is the same
-        try:
-            answer = requests.get(url, headers=headers, stream=True, timeout=TIMEOUTS)
-        except ValueError as error:
-            reason = preview(str(error), 400)
-            raise ValueError(f"{url}: not an address to download from: {reason}") from None
-        with answer:
-            check_answer(url, answer, part)
-            state = begin_part(answer, part, have, state)
-            receive(url, answer, part, state["size"])
-    check_hashes(part, state["md5"], sha256)
+def fetch_once(url: str, path: Path, part: Path, sha256: str | None) -> None:
+    """Make one attempt: request the bytes that are missing, check the file, rename it."""
+    remote = read_state(part)
+    n_bytes = size_of(part) if remote else 0
+    if remote is None or not n_bytes or n_bytes != remote.size:
+        with request(url, n_bytes, remote) as response:
+            check_response(url, response, part)
+            if response.status_code == 206:
+                remote = continue_part(response, part, n_bytes, remote)
+            else:
+                remote = start_part(response, part)
+            receive(url, response, part, remote.size)
+    check_hashes(part, remote.md5, sha256)
     os.replace(part, path)
     state_path(part).unlink(missing_ok=True)
 
 
-def state_path(part):
-    """Return the path of the small file that says what a `.part` file is a part of."""
-    return part.with_name(f"{part.name}.json")
+def request(url: str, n_bytes: int, remote: RemoteFile | None) -> Response:
+    """Request a file from byte `n_bytes` on; the whole file if it is no longer the same."""
+    import requests
 
-
-def read_state(part):
-    """Return what the server said of a file when its part was begun, None if that is not known.
-
-    The keys: `size` in bytes, `md5` (base64), `validator` (for If-Range), each None if not said.
-    """
+    headers = {"Accept-Encoding": "identity"}
+    if n_bytes:
+        headers["Range"] = f"bytes={n_bytes}-"
+    if n_bytes and remote and remote.validator:
+        headers["If-Range"] = remote.validator
     try:
-        state = read_json(state_path(part))
-    except (OSError, ValueError):
-        return None
-    kinds = {"size": int, "md5": str, "validator": str}
-    good = set(state) == set(kinds) and all(
-        state[name] is None or type(state[name]) is kind for name, kind in kinds.items()
-    )
-    return state if good else None
+        return requests.get(url, headers=headers, stream=True, timeout=TIMEOUTS)
+    except ValueError as error:
+        message = preview(str(error), 400)
+        raise ValueError(f"{url}: not an address to download from: {message}") from None
 
 
-def check_answer(url, answer, part):
-    """Raise ConnectionError for a failure that may pass, OSError or ValueError for another."""
-    status = f"HTTP status {answer.status_code} {preview(answer.reason or '')}".strip()
-    if answer.status_code == 416:
-        part.unlink(missing_ok=True)
-        raise ConnectionError(f"{status}: cannot go on, starting over")
-    if answer.status_code in (408, 425, 429) or answer.status_code >= 500:
-        error = ConnectionError(status)
-        error.pause = seconds_to_wait(answer.headers.get("Retry-After", ""))
-        raise error
-    if answer.status_code not in (200, 206):
-        raise OSError(f"{url}: {status}")
-    kind = answer.headers.get("Content-Type", "")
-    if re.search(r"\b(html|xml)\b", kind.lower()):
-        raise ValueError(f"{url}: the server sent a page ({preview(kind)}) instead of the file")
-    encoding = answer.headers.get("Content-Encoding", "identity").lower()
-    if encoding not in ("", "identity"):
-        raise ValueError(f"{url}: the server sent the file encoded ({preview(encoding)})")
+# Failures
 
 
-def seconds_to_wait(text):
-    """Return the seconds that a Retry-After header asks for, LONGEST_PAUSE at most; 0 if none."""
+def is_unreachable(error: Exception) -> bool:
+    """Return whether no connection was made at all, rather than one that broke."""
+    return bool(error.args) and type(error.args[0]).__name__ == "MaxRetryError"
+
+
+def reason(error: Exception) -> str:
+    """Return the message of the innermost exception that requests and urllib3 have wrapped."""
+    while True:
+        causes = (getattr(error, "reason", None), *error.args)
+        inner = [cause for cause in causes if isinstance(cause, Exception)]
+        if not inner:
+            return preview(str(error).strip(), 400)
+        error = inner[0]
+
+
+def final_error(url: str, failure: Exception) -> Exception:
+    """Return the error to raise when `fetch` gives up."""
+    if isinstance(failure, DamagedFile):
+        return ValueError(f"{url}: {reason(failure)}")
+    convert = cli.command("utils.py", "convert", "--help")
+    return ConnectionError(f"{url}: {reason(failure)}. {NETWORK_ADVICE}{convert}")
+
+
+def retry_after(text: str) -> int:
+    """Return the seconds in a Retry-After header, at most MAX_PAUSE; 0 if there are none."""
     from email.utils import parsedate_to_datetime
 
     text = text.strip()
@@ -171,65 +166,121 @@ def seconds_to_wait(text):
             seconds = math.ceil(parsedate_to_datetime(text).timestamp() - time.time())
         except (TypeError, ValueError, IndexError, OverflowError, OSError):  # not a date
             return 0
-    return min(max(seconds, 0), LONGEST_PAUSE)
+    return min(max(seconds, 0), MAX_PAUSE)
 
 
-def begin_part(answer, part, have, state):
-    """Make `part` ready for the bytes of an answer to be appended; return the state of it."""
-    if answer.status_code == 206:
-        found = re.fullmatch(
-            rf"bytes ({SIZE})-{SIZE}/({SIZE}|\*)", answer.headers.get("Content-Range", "").strip()
-        )
-        as_asked = found and have and int(found[1]) == have
-        if not as_asked or found[2] not in ("*", str(state["size"] or "*")):
-            part.unlink(missing_ok=True)
-            raise ConnectionError("the server sent another part than asked for, starting over")
-        return state
+# Responses
+
+
+def check_response(url: str, response: Response, part: Path) -> None:
+    """Raise TemporaryFailure, OSError or ValueError unless the response carries the file."""
+    code, headers = response.status_code, response.headers
+    status = f"HTTP status {code} {preview(response.reason or '')}".strip()
+    if code == 416:
+        part.unlink(missing_ok=True)
+        raise TemporaryFailure(f"{status}: cannot go on, starting over")
+    if code in (408, 425, 429) or code >= 500:
+        raise TemporaryFailure(status, retry_after(headers.get("Retry-After", "")))
+    if code not in (200, 206):
+        raise OSError(f"{url}: {status}")
+    content_type = headers.get("Content-Type", "")
+    if re.search(r"\b(html|xml)\b", content_type.lower()):
+        page = f"a page ({preview(content_type)})"
+        raise ValueError(f"{url}: the server sent {page} instead of the file")
+    encoding = headers.get("Content-Encoding", "identity").lower()
+    if encoding not in ("", "identity"):
+        raise ValueError(f"{url}: the server sent the file encoded ({preview(encoding)})")
+
+
+def continue_part(
+    response: Response, part: Path, n_bytes: int, remote: RemoteFile | None
+) -> RemoteFile:
+    """Return `remote` if the response is its bytes from `n_bytes` on; else start over.
+
+    Starting over removes `part` and raises TemporaryFailure.
+    """
+    header = response.headers.get("Content-Range", "").strip()
+    match = re.fullmatch(rf"bytes ({NUMBER})-{NUMBER}/({NUMBER}|\*)", header)
+    if (
+        (remote and match and n_bytes)
+        and int(match[1]) == n_bytes
+        and match[2] in ("*", str(remote.size or "*"))
+    ):
+        return remote
     part.unlink(missing_ok=True)
-    length, etag = answer.headers.get("Content-Length", ""), answer.headers.get("ETag", "")
-    state = {
-        "size": int(length) if re.fullmatch(SIZE, length) else None,
-        "md5": answer.headers.get("Content-MD5"),
-        "validator": etag if etag.startswith('"') else answer.headers.get("Last-Modified"),
-    }
-    with atomic_write(state_path(part)) as file:
-        file.write(json.dumps(state).encode("utf-8"))
-    return state
+    raise TemporaryFailure("the server sent another part than asked for, starting over")
 
 
-def receive(url, answer, part, size):
-    """Append the body of an answer to `part`, showing progress; raise unless `size` is reached."""
+def receive(url: str, response: Response, part: Path, size: int | None) -> None:
+    """Append the body of a response to `part`, with a progress bar; raise unless it is complete."""
     from tqdm import tqdm
 
-    have, units = size_of(part), {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    bar = {"desc": part.stem, "unit": "B", "unit_scale": True, "unit_divisor": 1024}
     with (
         with_path(part),
         open(part, "ab") as file,
-        tqdm(desc=part.stem, total=size, initial=have, file=sys.stderr, **units) as bar,
+        tqdm(total=size, initial=size_of(part), file=sys.stderr, **bar) as progress,
     ):
-        for chunk in answer.iter_content(1 << 13):  # an unfinished chunk is lost: small ones
+        for chunk in response.iter_content(1 << 13):  # small: a chunk cut short is lost
             if file.tell() == 0 and is_page(chunk):
                 raise ValueError(f"{url}: the server sent a page instead of the file")
             file.write(chunk)
-            bar.update(len(chunk))
+            progress.update(len(chunk))
         sync(file)
-    if size is not None and size_of(part) != size:
-        if size_of(part) > size:
+    n_bytes = size_of(part)
+    if size is not None and n_bytes != size:
+        if n_bytes > size:
             part.unlink()
-        raise ConnectionError(f"{size_of(part)} of {size} bytes arrived")
+        raise TemporaryFailure(f"{n_bytes} of {size} bytes arrived")
 
 
-def is_page(chunk):
-    """Return whether bytes begin as a page of HTML or XML does."""
+def is_page(chunk: bytes) -> bool:
+    """Return whether a file begins as a page of HTML or XML."""
     start = chunk[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     return start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<error", b"<!--"))
 
 
-def check_hashes(part, md5, sha256):
-    """Raise DamagedFile, having removed `part`, unless its hashes are as they should be."""
+def check_hashes(part: Path, md5: str | None, sha256: str | None) -> None:
+    """Raise DamagedFile, having removed `part`, if its hashes are not the expected ones."""
     if md5 and base64.b64encode(file_hash(part, "md5").digest()).decode() != md5.strip():
         part.unlink()
         raise DamagedFile(part, "what arrived has another MD5 than the server says")
     if sha256 and file_hash(part, "sha256").hexdigest() != sha256:
         part.unlink()
         raise DamagedFile(part, "what arrived has another SHA-256 than OpenAI's file")
+
+
+# The state of an unfinished download
+
+
+def state_path(part: Path) -> Path:
+    """Return the path of the JSON file that belongs to a `.part` file."""
+    return part.with_name(f"{part.name}.json")
+
+
+def start_part(response: Response, part: Path) -> RemoteFile:
+    """Begin a new download: remove `part`, and store what the response says about the file."""
+    part.unlink(missing_ok=True)
+    headers = response.headers
+    length, etag = headers.get("Content-Length", ""), headers.get("ETag", "")
+    remote = RemoteFile(
+        size=int(length) if re.fullmatch(NUMBER, length) else None,
+        md5=headers.get("Content-MD5"),
+        validator=etag if etag.startswith('"') else headers.get("Last-Modified"),
+    )
+    with atomic_write(state_path(part)) as file:
+        file.write(json.dumps(remote._asdict()).encode("utf-8"))
+    return remote
+
+
+def read_state(part: Path) -> RemoteFile | None:
+    """Return what the server said when `part` was begun; None if that is not known."""
+    try:
+        state = read_json(state_path(part))
+    except (OSError, ValueError):
+        return None
+    types = {"size": int, "md5": str, "validator": str}
+    if set(state) != set(types):
+        return None
+    good = all(state[name] is None or type(state[name]) is types[name] for name in types)
+    return RemoteFile(**state) if good else None

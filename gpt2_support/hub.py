@@ -1,15 +1,21 @@
-"""Models by name: where they live, and fetching OpenAI's."""
+"""Models by name: finding them, and downloading OpenAI's.
+
+A model is a folder such as `124M/`, with `model.bin` and `tokenizer.bin`. OpenAI's files are
+downloaded to `124M/.download/` and converted when all of them are there; the lock `.124M.lock`
+keeps other processes out meanwhile.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from gpt2_support import cli
-from gpt2_support.files import file_hash, only_process, remove_if_empty
+from gpt2_support.files import file_hash, hold_lock, make_folders
 from gpt2_support.folders import BUNDLED_MODEL, MODELS_DIR, candidates
 from gpt2_support.formats.llmc import load_params
 from gpt2_support.formats.token_table import load_tokenizer
@@ -17,22 +23,15 @@ from gpt2_support.http import fetch
 from gpt2_support.messages import info
 from gpt2_support.weights import convert
 
-if TYPE_CHECKING:
-    from numpy import ndarray
-
-    Buffer = bytes | bytearray | memoryview | ndarray
-
-
-# Downloads. Every file goes to `<file>.part`, beside which `<file>.part.json` keeps what the
-# server said of it, so that a later call can ask for the rest; it gets its own name when its
-# length and checksums are right. All of it happens in `.download`, one process at a time.
-
 OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-
-
+OPENAI_FILES = (
+    "encoder.json",
+    "vocab.bpe",
+    "hparams.json",
+    "model.ckpt.index",
+    "model.ckpt.data-00000-of-00001",
+)
 MODEL_NAMES = ("124M", "355M", "774M", "1558M")
-
-
 MODEL_ALIASES = {
     "117M": "124M",
     "345M": "355M",
@@ -41,24 +40,11 @@ MODEL_ALIASES = {
     "gpt2-large": "774M",
     "gpt2-xl": "1558M",
 }
-
-
-OPENAI_FILES = (
-    "encoder.json",
-    "vocab.bpe",
-    "hparams.json",
-    "model.ckpt.index",
-    "model.ckpt.data-00000-of-00001",
-)
-
-
-TOKENIZER_SHA256 = {  # the same for every size of model
+TOKENIZER_SHA256 = {  # the same for models of every size
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-
-
-SHA256_124M = {  # from a secondary source: a mismatch is told, and the tensors' CRC decides
+SHA256_124M = {  # from a secondary source: a mismatch is reported, the tensors' CRCs decide
     "hparams.json": "d9d56e4121c427164e0c55c6f03c08e1daf9002b9b672825112d19097b680318",
     "model.ckpt.index": "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
     "model.ckpt.data-00000-of-00001": (
@@ -67,46 +53,12 @@ SHA256_124M = {  # from a secondary source: a mismatch is told, and the tensors'
 }
 
 
-def resolve_name(name):
-    """Return OpenAI's name of a model, `124M` for `gpt2`; raises ValueError if it is not one."""
+def resolve_name(name: str) -> str:
+    """Return OpenAI's name of a model, "124M" for "gpt2"; raise ValueError if it is not one."""
     if name not in MODEL_NAMES and name not in MODEL_ALIASES:
         known = ", ".join([*MODEL_NAMES, *MODEL_ALIASES])
         raise ValueError(f"unknown model {name!r}, expected one of {known}")
     return MODEL_ALIASES.get(name, name)
-
-
-def download(name, models_dir=MODELS_DIR, base_url=None, keep=False, pause=time.sleep):
-    """Fetch one of OpenAI's models into `models_dir`/<name> and convert it; return that folder.
-
-    A finished model is left alone, an interrupted download goes on. `base_url` (or else
-    GPT2_BASE_URL in the environment, or else OpenAI's) is where <name>/encoder.json and the other
-    files lie; `keep` keeps them, in the folder `openai`; `pause(seconds)` waits before a retry.
-    Raises ValueError for a bad name or file, ConnectionError if the server cannot be reached or
-    keeps failing, and another OSError for what it refuses or the disk cannot take.
-    """
-    name = resolve_name(name)
-    base_url = (base_url or os.environ.get("GPT2_BASE_URL") or OPENAI_URL).rstrip("/")
-    folder = Path(models_dir) / name
-    work = folder / ".download"
-    lock = folder.with_name(f".{name}.lock")
-    if find_problem(folder) is None and not work.exists() and not lock.exists():
-        info(f"{folder}: already downloaded")
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with only_process(lock), remove_if_empty(folder, work):
-        problem = find_problem(folder)
-        if problem is None:  # another process has done it, or one was stopped while cleaning up
-            info(f"{folder}: already downloaded")
-        else:
-            if isinstance(problem, ValueError):
-                info(f"{problem}; downloading the model again")
-            fetch_all(f"{base_url}/{name}", work, SHA256_124M if name == "124M" else {}, pause)
-            convert_download(work, folder)
-            if keep:
-                shutil.rmtree(folder / "openai", ignore_errors=True)
-                os.replace(work, folder / "openai")
-        shutil.rmtree(work, ignore_errors=True)
-    return folder
 
 
 def find_model(name: str | Path, models_dir: str | Path = MODELS_DIR) -> Path:
@@ -142,8 +94,48 @@ def find_default_model(models_dir: str | Path = MODELS_DIR) -> Path:
         return path
 
 
-def find_problem(folder):
-    """Return None if a folder's model and tokenizer load, else the error that says why not."""
+def download(
+    name: str,
+    models_dir: str | Path = MODELS_DIR,
+    base_url: str | None = None,
+    keep: bool = False,
+    pause: Callable[[float], Any] = time.sleep,
+) -> Path:
+    """Download one of OpenAI's models, convert it, and return its folder, `models_dir`/<name>.
+
+    A model that is already there is left alone, and an interrupted download is resumed. `base_url`
+    is where <name>/encoder.json and the other files are; without it GPT2_BASE_URL of the
+    environment, or OpenAI's server. `keep` keeps OpenAI's files, in <name>/openai. `pause(seconds)`
+    waits before a retry. Raises ValueError for a bad name or file, ConnectionError if the server
+    cannot be reached or keeps failing, and another OSError for what it refuses or for a full disk.
+    """
+    name = resolve_name(name)
+    base_url = (base_url or os.environ.get("GPT2_BASE_URL") or OPENAI_URL).rstrip("/")
+    folder = Path(models_dir) / name
+    work, lock = folder / ".download", folder.with_name(f".{name}.lock")
+    if find_problem(folder) is None and not work.exists() and not lock.exists():
+        info(f"{folder}: already downloaded")
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with hold_lock(lock), make_folders(folder, work):
+        problem = find_problem(folder)
+        if problem is None:  # another process downloaded it, or was killed while it cleaned up
+            info(f"{folder}: already downloaded")
+        else:
+            if isinstance(problem, ValueError):
+                info(f"{problem}; downloading the model again")
+            reported = SHA256_124M if name == "124M" else {}
+            fetch_all(f"{base_url}/{name}", work, reported, pause)
+            convert_download(work, folder)
+            if keep:
+                shutil.rmtree(folder / "openai", ignore_errors=True)
+                os.replace(work, folder / "openai")
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def find_problem(folder: Path) -> Exception | None:
+    """Return the error that loading a folder's model and tokenizer raises, or None."""
     try:
         load_params(folder / "model.bin")
         load_tokenizer(folder / "tokenizer.bin")
@@ -152,21 +144,23 @@ def find_problem(folder):
     return None
 
 
-def fetch_all(url, folder, reported_sha256, pause):
-    """Fetch OpenAI's files of one model into a folder; those that are there already are good."""
-    reached = False
+def fetch_all(
+    url: str, folder: Path, reported_sha256: Mapping[str, str], pause: Callable[[float], Any]
+) -> None:
+    """Download OpenAI's files of a model into a folder; a file that is there has been verified."""
+    has_answered = False
     for name in OPENAI_FILES:
         path = folder / name
         if not path.exists():
-            fetch(f"{url}/{name}", path, TOKENIZER_SHA256.get(name), reached, pause)
-            reached = True
+            fetch(f"{url}/{name}", path, TOKENIZER_SHA256.get(name), has_answered, pause)
+            has_answered = True
         expected = reported_sha256.get(name)
         if expected and file_hash(path, "sha256").hexdigest() != expected:
             info(f"{name}: not the file known for this model (sha256); its contents will decide")
 
 
-def convert_download(work, folder):
-    """Convert a downloaded checkpoint; if it is damaged, remove what has to be fetched again."""
+def convert_download(work: Path, folder: Path) -> None:
+    """Convert a downloaded checkpoint; if it is damaged, remove the files to download again."""
     try:
         convert(work, folder)
     except ValueError as error:

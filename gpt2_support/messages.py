@@ -1,18 +1,12 @@
-"""What the user is told: notes on standard error, and values made safe to print."""
+"""Messages to the user, on standard error, and values made safe to print in them."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from numpy import ndarray
-
-    Buffer = bytes | bytearray | memoryview | ndarray
 
 
-def preview(value, longest=80):
-    """Return what a file or server sent as text for a message: short, and safe to print."""
+def preview(value: object, longest: int = 80) -> str:
+    """Return a value that a file or a server holds as text for a message: short, on one line."""
     try:
         text = value if isinstance(value, str) and value.isprintable() else repr(value)
     except RecursionError:  # JSON can be nested deeper than repr goes
@@ -20,9 +14,6 @@ def preview(value, longest=80):
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
-# Converting one format into another
-
-
-def info(message):
-    """Tell the user something, on standard error."""
+def info(message: str) -> None:
+    """Print a message on standard error."""
     print(message, file=sys.stderr, flush=True)

@@ -1,17 +1,26 @@
-"""The commands `download` and `convert`."""
+"""The command line of utils.py: `download` and `convert`."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpt2_support.cli import ArgumentParser, run
 from gpt2_support.hub import MODEL_ALIASES, MODEL_NAMES, MODELS_DIR, OPENAI_URL, download
 from gpt2_support.weights import convert
 
+if TYPE_CHECKING:
+    import argparse
 
-def parse_args(argv=None):
-    """Return the arguments of `python utils.py`."""
+    Commands = argparse._SubParsersAction[ArgumentParser]
+
+NAME_HELP = f"{', '.join(MODEL_NAMES)}, or one of the aliases {', '.join(MODEL_ALIASES)}"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, `sys.argv` by default."""
     parser = ArgumentParser(
         prog="utils.py",
         description="Get GPT-2's weights, and convert them between formats. Each command has "
@@ -28,8 +37,8 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def add_download(commands):
-    """Describe the command `download`."""
+def add_download(commands: Commands) -> None:
+    """Add the command `download` and its arguments."""
     parser = commands.add_parser(
         "download",
         help="fetch one of OpenAI's models and convert it",
@@ -54,11 +63,8 @@ def add_download(commands):
     add("--keep", action="store_true", help="keep OpenAI's files, in models/<name>/openai")
 
 
-NAME_HELP = f"{', '.join(MODEL_NAMES)}, or one of the aliases {', '.join(MODEL_ALIASES)}"
-
-
-def add_convert(commands):
-    """Describe the command `convert`."""
+def add_convert(commands: Commands) -> None:
+    """Add the command `convert` and its arguments."""
     parser = commands.add_parser(
         "convert",
         help="convert a model from or to another format",
@@ -82,7 +88,7 @@ def add_convert(commands):
     )
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line: `python utils.py --help`."""
     args = parse_args(argv)
     if args.command == "download":
@@ -91,6 +97,6 @@ def main(argv=None):
         convert(args.source, args.target, args.to)
 
 
-def command():
+def command() -> None:
     """Run the installed command `gpt2-weights`."""
     run(main)

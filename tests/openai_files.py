@@ -1,11 +1,12 @@
 """A small checkpoint in OpenAI's layout, and a server that hands it out with every known fault.
 
 The writer of TensorFlow bundles is written from the format's description, with a CRC of its own, so
-that it can contradict the reader in `utils.py`.
+that it can contradict the reader in `gpt2_support`.
 """
 
 import base64
 import contextlib
+import functools
 import hashlib
 import http.server
 import json
@@ -16,6 +17,7 @@ import urllib.parse
 
 import numpy as np
 
+from gpt2_support import files, hub
 from gpt2_support.formats import token_table
 from gpt2_support.params import Config, Params
 
@@ -37,8 +39,13 @@ CRC_TABLE = [slow_crc32c([byte ^ 255]) ^ 0xFF000000 for byte in range(256)]
 
 def masked_crc(data):
     """Return the CRC32C of bytes as LevelDB stores it, by table lookup: 4 bytes."""
+    return masked_crc_of_bytes(bytes(data))
+
+
+@functools.lru_cache(1000)  # the same small models are written by many tests
+def masked_crc_of_bytes(data):
     crc = 0xFFFFFFFF
-    for byte in bytes(data):
+    for byte in data:
         crc = CRC_TABLE[(crc ^ byte) & 255] ^ crc >> 8
     crc ^= 0xFFFFFFFF
     rotated = (crc >> 15) | (crc << 17) & 0xFFFFFFFF
@@ -186,8 +193,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             half = len(body) // 2
             body = body[:half] + bytes([body[half] ^ 4]) + body[half + 1 :]
         headers = {"ETag": f'"{hashlib.md5(body).hexdigest()}"'} if self.server.etag else {}
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(wanted[1]) if wanted and fault != "no range" else None
+        requested = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(requested[1]) if requested and fault != "no range" else None
         if self.headers.get("If-Range", headers.get("ETag")) != headers.get("ETag"):
             start = None
         if start is not None and start >= len(body):
@@ -239,3 +246,15 @@ def serve(root, etag=True, md5=True):
         server.released.set()
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def serve_model(root, config, monkeypatch):
+    """Serve a small model as 124M, and expect its token files; yields as `serve`."""
+    write_checkpoint(root / "124M", config)
+    for name in hub.TOKENIZER_SHA256:
+        digest = files.file_hash(root / "124M" / name, "sha256").hexdigest()
+        monkeypatch.setitem(hub.TOKENIZER_SHA256, name, digest)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serve(root) as server:
+        yield server

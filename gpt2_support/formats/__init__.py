@@ -1,1 +1,1 @@
-"""One file a format that others invented."""
+"""One file for each format that others invented."""

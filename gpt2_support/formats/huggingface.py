@@ -1,4 +1,9 @@
-"""Hugging Face's model folders: `config.json`, safetensors, tokenizer files."""
+"""Hugging Face's model folders: `config.json`, safetensors files, and tokenizer files.
+
+A safetensors file is the length of a header (8 bytes), the header (JSON), and the bytes of the
+tensors (https://huggingface.co/docs/safetensors). A large model is split into several, with an
+index that says which file holds which tensor. A linear layer's weight is (in, out) there.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +11,26 @@ import json
 import math
 import re
 from dataclasses import fields
-from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from gpt2_support.files import DamagedFile, parse_json, read_json
 from gpt2_support.formats.llmc import write_array
-from gpt2_support.formats.stored_tensor import FLOATS, check_tensors, read_tensor
+from gpt2_support.formats.stored_tensor import (
+    FLOATS,
+    GetTensor,
+    Shape,
+    StoredTensor,
+    check_tensors,
+    read_tensor,
+)
 from gpt2_support.formats.token_table import bytes_to_unicode, recover_merges
 from gpt2_support.messages import preview
 from gpt2_support.params import Config, tensors
 
-if TYPE_CHECKING:
-    from numpy import ndarray
-
-    Buffer = bytes | bytearray | memoryview | ndarray
-
-
-# Hugging Face folders: `config.json`, and tensors in safetensors files
-# (https://huggingface.co/docs/safetensors): a header length, a header in JSON, then raw bytes
-
-HF_SETTINGS = {  # in `config.json`: what GPT-2 is, the first value being that of a missing key
+SETTINGS = {  # the values in `config.json` that mean GPT-2; the first also stands for a missing key
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
     "layer_norm_epsilon": (1e-5,),
@@ -36,15 +39,47 @@ HF_SETTINGS = {  # in `config.json`: what GPT-2 is, the first value being that o
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
+TOKENIZER_FILES = (  # what transformers reads in a folder, beside config and tensors
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+SHARD_NAME = re.compile(r"[\w-][\w.-]{,99}\.safetensors", re.ASCII)  # a file name, never a path
+MASK_NAME = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which is no parameter
 
 
-HF_SHARD = re.compile(r"[\w-][\w.-]{,99}\.safetensors", re.ASCII)  # a file name, never a path
+# Reading a model
 
 
-HF_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, not a parameter
+def open_model(folder: Path) -> tuple[Config, GetTensor]:
+    """Return (config, get) of a GPT-2 in a folder; `get` reads F16 and BF16 as float32.
+
+    Raises FileNotFoundError, or ValueError if the config is not a GPT-2's or if the tensors are not
+    those of such a model.
+    """
+    config = read_config(folder / "config.json")
+    stored = read_folder(folder)
+    lm_head = stored.pop("lm_head.weight", None)
+    expected = (
+        (name_in_checkpoint(name), shape_in_checkpoint(name, shape))
+        for name, shape in tensors(config)
+    )
+    check_tensors(folder, expected, stored)
+    if lm_head is not None:
+        check_tied(folder, lm_head, stored["wte.weight"])
+
+    def get(name: str) -> np.ndarray:
+        array = read_tensor(stored[name_in_checkpoint(name)])
+        return array.T if name.endswith("/w") else array
+
+    return config, get
 
 
-def hf_name(name):
+def name_in_checkpoint(name: str) -> str:
     """Return Hugging Face's name: model/h3/ln_1/g is h.3.ln_1.weight, model/wte is wte.weight."""
     path = re.sub(r"^model/h(\d+)/", r"model/h/\1/", name).split("/")[1:]
     leaf = {"w": "weight", "g": "weight", "b": "bias"}
@@ -52,15 +87,77 @@ def hf_name(name):
     return ".".join(path[:-1] + last)
 
 
-def hf_shape(name, shape):
-    """Return the shape at Hugging Face: a linear layer's weight is (in, out) there."""
+def shape_in_checkpoint(name: str, shape: Shape) -> Shape:
+    """Return Hugging Face's shape: (in, out) for the weight of a linear layer."""
     return shape[::-1] if name.endswith("/w") else shape
 
 
-def read_safetensors(path):
-    """Return {name: entry} of a safetensors file.
+def check_tied(folder: Path, lm_head: StoredTensor, wte: StoredTensor) -> None:
+    """Raise ValueError unless lm_head.weight equals wte.weight."""
+    check_tensors(folder, [("lm_head.weight", wte.shape)], {"lm_head.weight": lm_head})
+    if not np.array_equal(read_tensor(lm_head).view("<u4"), read_tensor(wte).view("<u4")):
+        raise ValueError(f"{folder}: lm_head.weight differs from wte.weight: an untied head")
 
-    Raises FileNotFoundError, or DamagedFile unless the tensors fill the file, none over another.
+
+def read_config(path: Path) -> Config:
+    """Return the Config in a `config.json`; a missing key has the default of GPT2Config.
+
+    Raises DamagedFile, or ValueError naming the first setting that makes it another model.
+    `reorder_and_upcast_attn` is allowed: it only computes attention more precisely.
+    """
+    data = read_json(path)
+    keys = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}
+    sizes = {
+        field.name: data.get(keys.get(field.name, field.name), field.default)
+        for field in fields(Config)
+    }
+    try:
+        config = Config(**sizes)
+    except ValueError as error:
+        raise DamagedFile(path, error) from None
+    for name, values in {**SETTINGS, "n_inner": (None, 4 * config.n_embd)}.items():
+        value = data.get(name, values[0])
+        if value not in values:
+            expected = " or ".join(map(repr, values))
+            actual = preview(repr(value) if isinstance(value, str) else value)
+            raise ValueError(f"{path}: {name} = {actual}, GPT-2 as written here has {expected}")
+    return config
+
+
+def read_folder(folder: Path) -> dict[str, StoredTensor]:
+    """Return {name without `transformer.`: tensor} of all safetensors files of a model."""
+    stored: dict[str, StoredTensor] = {}
+    for path in find_safetensors(folder):
+        for name, tensor in read_safetensors(path).items():
+            short = name.removeprefix("transformer.")
+            if short in stored:
+                raise ValueError(f"{path}: tensor {preview(name)} is there twice")
+            if not MASK_NAME.fullmatch(short):
+                stored[short] = tensor
+    return stored
+
+
+def find_safetensors(folder: Path) -> list[Path]:
+    """Return the paths of model.safetensors, or of the files that its index names."""
+    path = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    if path.exists() or not index.exists():
+        return [path]
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(
+        isinstance(shard, str) and SHARD_NAME.fullmatch(shard) for shard in shards.values()
+    ):
+        raise DamagedFile(index, "no weight_map that names safetensors files beside it")
+    return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+# Safetensors files
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Return {name: tensor} of a safetensors file.
+
+    Raises FileNotFoundError, or DamagedFile unless the tensors fill the file without overlaps.
     """
     n_bytes = path.stat().st_size
     with open(path, "rb") as file:
@@ -70,136 +167,57 @@ def read_safetensors(path):
         header = parse_json(path, file.read(n_header))
     header.pop("__metadata__", None)
     end = 8 + n_header
-    entries = {name: safetensors_entry(path, name, info, end) for name, info in header.items()}
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)):
-        if entry.offset != end:
-            found = f"begins at byte {entry.offset}, expected {end}"
-            raise DamagedFile(path, f"tensor {preview(name)} {found}")
-        end += entry.size
+    stored = {name: parse_tensor(path, name, entry, end) for name, entry in header.items()}
+    for name, tensor in sorted(stored.items(), key=lambda item: (item[1].offset, item[1].size)):
+        if tensor.offset != end:
+            actual = f"begins at byte {tensor.offset}, expected {end}"
+            raise DamagedFile(path, f"tensor {preview(name)} {actual}")
+        end += tensor.size
     if end != n_bytes:
         raise DamagedFile(path, f"{n_bytes} bytes, but its header describes {end}")
-    return entries
+    return stored
 
 
-def safetensors_entry(path, name, info, data_start):
-    """Return the entry (dtype, shape, offset, size) that a safetensors header describes."""
+def parse_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    """Return the tensor that an entry of a safetensors header describes."""
+    tensor = f"tensor {preview(name)}"
     try:
-        dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         dtype, shape, start, end = None, (), 0, 0
-    numbers, what = (*shape, start, end), f"tensor {preview(name)}"
+    numbers = (*shape, start, end)
     if not isinstance(dtype, str) or len(shape) > 8 or not all(type(n) is int for n in numbers):
-        raise DamagedFile(path, f"{what} has no proper dtype, shape and data_offsets")
+        raise DamagedFile(path, f"{tensor} has no proper dtype, shape and data_offsets")
     if not all(0 <= n < 2**63 for n in numbers) or end < start:
-        raise DamagedFile(path, f"{what}: " + preview(f"shape {shape}, bytes {start} to {end}"))
-    if dtype in FLOATS and end - start != math.prod(shape) * np.dtype(FLOATS[dtype]).itemsize:
-        raise DamagedFile(path, f"{what}: {end - start} bytes for {shape} in {dtype}")
-    return SimpleNamespace(
-        path=path, dtype=dtype, shape=shape, offset=data_start + start, size=end - start
-    )
+        raise DamagedFile(path, f"{tensor}: " + preview(f"shape {shape}, bytes {start} to {end}"))
+    size = end - start
+    if dtype in FLOATS and size != math.prod(shape) * np.dtype(FLOATS[dtype]).itemsize:
+        raise DamagedFile(path, f"{tensor}: {size} bytes for {shape} in {dtype}")
+    return StoredTensor(path, dtype, shape, data_start + start, size)
 
 
-def hf_tensors(folder):
-    """Return {name: entry} of all safetensors files of a model, names without `transformer.`."""
-    paths = [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if index.exists() and not paths[0].exists():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(
-            isinstance(shard, str) and HF_SHARD.fullmatch(shard) for shard in shards.values()
-        ):
-            raise DamagedFile(index, "no weight_map that names safetensors files beside it")
-        paths = [folder / shard for shard in sorted(set(shards.values()))]
-    entries = {}
-    for path in paths:
-        for name, entry in read_safetensors(path).items():
-            short = name.removeprefix("transformer.")
-            if short in entries:
-                raise ValueError(f"{path}: tensor {preview(name)} is there twice")
-            if not HF_BUFFER.fullmatch(short):
-                entries[short] = entry
-    return entries
-
-
-def open_hf(folder):
-    """Return (config, get) of a Hugging Face GPT-2; F16 and BF16 are read as float32.
-
-    Raises FileNotFoundError, or ValueError if the config is not a GPT-2's or the tensors are not
-    those it asks for.
-    """
-    config = read_hf_config(folder / "config.json")
-    entries = hf_tensors(folder)
-    head = entries.pop("lm_head.weight", None)
-    wanted = ((hf_name(name), hf_shape(name, shape)) for name, shape in tensors(config))
-    check_tensors(folder, wanted, entries)
-    if head is not None:
-        check_tensors(
-            folder, [("lm_head.weight", entries["wte.weight"].shape)], {"lm_head.weight": head}
-        )
-        same = np.array_equal(*(read_tensor(e).view("<u4") for e in (head, entries["wte.weight"])))
-        if not same:
-            raise ValueError(f"{folder}: lm_head.weight differs from wte.weight: an untied head")
-
-    def get(name):
-        array = read_tensor(entries[hf_name(name)])
-        return array.T if name.endswith("/w") else array
-
-    return config, get
-
-
-def read_hf_config(path):
-    """Return the Config in a `config.json`; a missing key has the default of GPT2Config.
-
-    Raises DamagedFile, or ValueError naming the first setting that GPT-2 does not have.
-    `reorder_and_upcast_attn` is not among them: it only computes attention more precisely.
-    """
-    found = read_json(path)
-    names = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}
-    default = {
-        field.name: found.get(names.get(field.name, field.name), field.default)
-        for field in fields(Config)
-    }
-    try:
-        config = Config(**default)
-    except ValueError as error:
-        raise DamagedFile(path, error) from None
-    for name, values in {**HF_SETTINGS, "n_inner": (None, 4 * config.n_embd)}.items():
-        value = found.get(name, values[0])
-        if value not in values:
-            expected = " or ".join(map(repr, values))
-            found = preview(repr(value) if isinstance(value, str) else value)
-            raise ValueError(f"{path}: {name} = {found}, GPT-2 as written here has {expected}")
-    return config
-
-
-def write_safetensors(file, config, get):
-    """Write the tensors as Hugging Face's GPT2LMHeadModel saves them, in float32."""
-    names = {f"transformer.{hf_name(name)}": (name, shape) for name, shape in tensors(config)}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for key, (name, shape) in sorted(names.items()):
-        start, end = end, end + 4 * math.prod(shape)
-        header[key] = {"dtype": "F32", "shape": hf_shape(name, shape), "data_offsets": (start, end)}
+def write_safetensors(file: BinaryIO, config: Config, get: GetTensor) -> None:
+    """Write a model as transformers saves a GPT2LMHeadModel, in float32, a tensor at a time."""
+    names = {f"transformer.{name_in_checkpoint(name)}": name for name, _ in tensors(config)}
+    shapes = {name: shape_in_checkpoint(name, shape) for name, shape in tensors(config)}
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, name in sorted(names.items()):
+        start, end = end, end + 4 * math.prod(shapes[name])
+        header[key] = {"dtype": "F32", "shape": shapes[name], "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for _, (name, shape) in sorted(names.items()):
+    for _, name in sorted(names.items()):
         array = get(name)
-        write_array(file, array.T if name.endswith("/w") else array, hf_shape(name, shape))
+        write_array(file, array.T if name.endswith("/w") else array, shapes[name])
 
 
-HF_FILES = (  # what transformers reads in a folder, beside config.json and model.safetensors
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
+# The other files of a folder
 
 
-def hf_config(config, eot):
-    """Return the content of `config.json`: what transformers needs to know of a GPT-2."""
+def config_json(config: Config, eot: int | None) -> dict[str, Any]:
+    """Return the content of `config.json`: the settings from which transformers makes a GPT-2."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -216,12 +234,12 @@ def hf_config(config, eot):
     }
 
 
-def hf_tokenizer(config, tokens, eot):
+def tokenizer_files(config: Config, tokens: list[bytes], eot: int | None) -> dict[str, Any]:
     """Return {name: content} of the files from which transformers makes a GPT-2 tokenizer."""
-    letters = bytes_to_unicode()
-    texts = ["".join(letters[byte] for byte in token) for token in tokens]
+    alphabet = bytes_to_unicode()
+    texts = ["".join(alphabet[byte] for byte in token) for token in tokens]
     merges = [
-        " ".join("".join(letters[byte] for byte in part) for part in pair)
+        " ".join("".join(alphabet[byte] for byte in part) for part in pair)
         for pair in recover_merges(tokens, eot)
     ]
     special = None if eot is None else texts[eot]

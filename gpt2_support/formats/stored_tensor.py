@@ -1,9 +1,16 @@
-"""A tensor where it lies in a file: what the readers of all checkpoint formats share."""
+"""A tensor as it is stored in a file: what the readers of all checkpoint formats share.
+
+The reader of a format checks the names, shapes and sizes of all tensors in a model first. Then it
+returns a Config and a function `get(name)`, which reads one tensor from the disk when it is called,
+a weight as (out, in). So a model of any size is converted in little memory.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,50 +21,58 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, UInt16
     from numpy import ndarray
 
-    Buffer = bytes | bytearray | memoryview | ndarray
+Shape = tuple[int, ...]
+GetTensor = Callable[[str], np.ndarray]
+FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # safetensors' names of dtypes
 
 
-def bf16_to_float32(values: UInt16[ndarray, " N"]) -> Float32[ndarray, " N"]:
-    """Return float32 from the bits of bfloat16 (uint16), which are a float32's upper half."""
-    return (values.astype(np.uint32) << 16).view(np.float32)
+class StoredTensor(NamedTuple):
+    """Where a tensor is stored, and how."""
+
+    path: Path
+    dtype: str  # one of FLOATS, or a name that `check_tensors` refuses
+    shape: Shape
+    offset: int  # of its first byte in the file
+    size: int  # in bytes
+    crc: int | None = None  # masked CRC32C of its bytes, in a format that has one
 
 
-# Other people's checkpoints: what their readers share. A reader checks names, shapes and sizes,
-# then gives a Config and a function `get(name) -> array` that reads one tensor, here (out, in),
-# from the disk when it is asked for, so that a model of any size is converted in little memory.
+def check_tensors(
+    path: Path, expected: Iterable[tuple[str, Shape]], stored: Mapping[str, StoredTensor]
+) -> None:
+    """Raise ValueError unless the stored tensors {name: tensor} are those of `expected`.
 
-FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-
-def check_tensors(path, wanted, found):
-    """Raise ValueError, naming the tensor, unless `found` {name: entry} is what is wanted.
-
-    `wanted` is an iterable of (name, shape); an entry has a `shape` and a `dtype`.
+    `expected` is (name, shape) of each tensor of the model; the error names `path` and the tensor.
     """
     names = set()
-    for name, shape in wanted:
-        if name not in found:
+    for name, shape in expected:
+        if name not in stored:
             raise ValueError(f"{path}: tensor {name} is missing")
-        entry = found[name]
-        if entry.shape != shape:
-            raise ValueError(f"{path}: tensor {name} has shape {entry.shape}, expected {shape}")
-        if entry.dtype not in FLOATS:
+        tensor = stored[name]
+        if tensor.shape != shape:
+            raise ValueError(f"{path}: tensor {name} has shape {tensor.shape}, expected {shape}")
+        if tensor.dtype not in FLOATS:
             raise ValueError(
-                f"{path}: tensor {name} has dtype {preview(entry.dtype)}, can read only "
+                f"{path}: tensor {name} has dtype {preview(tensor.dtype)}, can read only "
                 f"{', '.join(FLOATS)}"
             )
         names.add(name)
-    extra = sorted(set(found) - names)
+    extra = sorted(set(stored) - names)
     if extra:
         raise ValueError(f"{path}: not a GPT-2 of this size: unexpected tensor {preview(extra[0])}")
 
 
-def read_tensor(entry):
-    """Return the array of an entry as it lies in its file, F32 as it is and the rest as float32."""
-    dtype = np.dtype(FLOATS[entry.dtype])
-    with open(entry.path, "rb") as file:
-        values = np.fromfile(file, dtype, math.prod(entry.shape), offset=entry.offset)
-    if values.size != math.prod(entry.shape):
-        raise DamagedFile(entry.path, f"ends within the {entry.size} bytes at {entry.offset}")
-    values = bf16_to_float32(values) if entry.dtype == "BF16" else values.astype("<f4", copy=False)
-    return values.reshape(entry.shape)
+def read_tensor(tensor: StoredTensor) -> Float32[ndarray, "*shape"]:
+    """Read a tensor into an array of float32; raise DamagedFile if the file ends too early."""
+    n_values = math.prod(tensor.shape)
+    with open(tensor.path, "rb") as file:
+        values = np.fromfile(file, FLOATS[tensor.dtype], n_values, offset=tensor.offset)
+    if values.size != n_values:
+        raise DamagedFile(tensor.path, f"ends within the {tensor.size} bytes at {tensor.offset}")
+    values = bf16_to_float32(values) if tensor.dtype == "BF16" else values.astype("<f4", copy=False)
+    return values.reshape(tensor.shape)
+
+
+def bf16_to_float32(bits: UInt16[ndarray, " N"]) -> Float32[ndarray, " N"]:
+    """Return the float32 of bfloat16 values, whose 16 bits are the upper half of a float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -1,0 +1,121 @@
+"""The settings and threads of OpenBLAS."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from gpt2_support import blas
+
+ZEN_5 = """processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: 26
+flags\t\t: fpu avx2 avx512f avx512dq avx512cd avx512bw avx512vl avx512_bf16
+
+processor\t: 1
+"""
+
+
+@pytest.mark.parametrize(
+    "change, setting, chosen",
+    [
+        (("", ""), None, "SKYLAKEX"),
+        (("", ""), "Haswell", "Haswell"),  # the user's own choice stays
+        (("", ""), "", ""),
+        (("family\t: 26", "family\t: 25"), None, None),  # Zen 4, which OpenBLAS knows
+        (("AuthenticAMD", "GenuineIntel"), None, None),
+        (("avx512vl", ""), None, None),
+        ((ZEN_5, "no such lines"), None, None),
+        ((ZEN_5, ""), None, None),
+    ],
+)
+def test_blas_kernels_are_chosen_for_a_cpu_that_openblas_does_not_know(
+    tmp_path, monkeypatch, change, setting, chosen
+):
+    (tmp_path / "cpuinfo").write_text(ZEN_5.replace(*change))
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "")  # so that it is put back after the test
+    monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", "26")
+    monkeypatch.delenv("OPENBLAS_CORETYPE")
+    if setting is not None:
+        monkeypatch.setenv("OPENBLAS_CORETYPE", setting)
+    blas.configure_openblas(tmp_path / "cpuinfo")
+    assert os.environ.get("OPENBLAS_CORETYPE") == setting  # NumPy is loaded: too late
+    monkeypatch.delitem(sys.modules, "numpy")
+    blas.configure_openblas(tmp_path / "none")
+    assert os.environ.get("OPENBLAS_CORETYPE") == setting
+    blas.configure_openblas(tmp_path / "cpuinfo")
+    assert os.environ.get("OPENBLAS_CORETYPE") == chosen
+    assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == "26"
+    monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT")
+    blas.configure_openblas(tmp_path / "cpuinfo")
+    assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == "20"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["gpt2", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("utils", "encoder", "train"))],
+)
+def test_module_configures_openblas_before_it_loads_numpy(module):
+    code = f"""
+import sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "numpy":
+            print("configure_openblas" in vars(sys.modules.get("gpt2_support.blas", sys)))
+sys.meta_path.insert(0, Finder)
+import {module}
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+def test_threads_serve_a_forked_process_too():
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork")
+    code = """
+import os, threading
+from gpt2_support import blas
+blas.get_threads, blas.set_threads = lambda: 3, lambda n: None
+def parts():
+    found, all_here = [], threading.Barrier(3, timeout=20)
+    def function(part):
+        all_here.wait()
+        found.append((part.start, part.stop))
+    blas.parallel_for(function, 7, work=1 << 40)
+    return sorted(found)
+assert parts() == [(0, 2), (2, 4), (4, 7)]
+if child := os.fork():
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+os._exit(parts() != [(0, 2), (2, 4), (4, 7)])
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_an_error_in_a_thread_is_raised(monkeypatch):
+    monkeypatch.setattr(blas, "get_threads", lambda: 3)
+    monkeypatch.setattr(blas, "set_threads", lambda n: None)
+
+    def function(part):
+        if part.stop == 7:
+            raise KeyError(part.start)
+
+    with pytest.raises(KeyError, match="4"):
+        blas.parallel_for(function, 7, work=1 << 40)
+
+
+def test_one_blas_thread_is_for_the_block_only():
+    before = blas.get_threads()
+    with pytest.raises(KeyError), blas.one_thread(then=before):
+        assert blas.get_threads() == 1
+        raise KeyError
+    assert blas.get_threads() == before
+
+
+def test_another_blas_has_one_thread_and_unknown_kernels(monkeypatch):
+    monkeypatch.setattr(blas, "openblas", lambda function: None)
+    assert blas.get_threads() == 1
+    with blas.one_thread(then=2):
+        assert blas.get_threads() == 1
+    assert blas.kernels() == "unknown"

@@ -1,0 +1,130 @@
+"""llm.c's model and tokens files."""
+
+import os
+
+import numpy as np
+import pytest
+from helpers import TINY, random_params
+from model_files import write_bin
+
+from gpt2_support.formats import llmc, token_table
+from gpt2_support.params import Config, Params
+
+
+def test_model_file_round_trip_is_exact(tmp_path):
+    params = random_params(TINY, np.float32)
+    llmc.save_params(tmp_path / "model.bin", params)
+    loaded = llmc.load_params(tmp_path)
+    assert loaded.config == TINY
+    assert loaded.flat.tobytes() == params.flat.tobytes()
+    assert not loaded.flat.flags.writeable  # memory-mapped
+
+
+def test_model_file_of_llmc_is_saved_byte_for_byte(shared, tmp_path):
+    path = shared("golden/llmc_tiny.bin")
+    llmc.save_params(tmp_path / "model.bin", llmc.load_params(path))
+    assert (tmp_path / "model.bin").read_bytes() == path.read_bytes()
+
+
+def test_model_file_version_1_has_no_padding(tmp_path):
+    params = random_params(TINY, np.float32)
+    start, end = TINY.n_vocab * TINY.n_embd, TINY.n_vocab_padded * TINY.n_embd
+    write_bin(tmp_path / "model.bin", 1, TINY, np.delete(params.flat, np.s_[start:end]), padded=0)
+    assert np.array_equal(llmc.load_params(tmp_path).flat, params.flat)
+
+
+def test_model_file_version_5_is_bf16(tmp_path):
+    params = random_params(TINY, np.float32)
+    bits = params.flat.view("u4") >> 16 << 16  # float32 values that bf16 holds exactly
+    write_bin(tmp_path / "model.bin", 5, TINY, (bits >> 16).astype("<u2"))
+    loaded = llmc.load_params(tmp_path)
+    assert loaded.flat.dtype == np.float32
+    assert np.array_equal(loaded.flat.view("u4"), bits)
+
+
+def test_model_file_of_float64_parameters_is_float32(tmp_path):
+    params = random_params(TINY, np.float32)
+    llmc.save_params(tmp_path / "model.bin", Params(TINY, params.flat.astype(np.float64)))
+    assert np.array_equal(llmc.load_params(tmp_path).flat, params.flat)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"magic": llmc.TOKENS_MAGIC}, "found a tokens file"),
+        ({"magic": 7}, "magic number 7"),
+        ({"version": 2}, "version 2"),
+        ({"padded": 260}, "padded to 260, expected 384"),
+        ({"config": Config(n_layer=1)}, "takes"),
+        ({"config": Config(n_layer=2**31 - 1)}, "takes"),
+    ],
+)
+def test_model_file_with_a_wrong_header_is_refused(tmp_path, change, message):
+    values = {"version": 3, "config": TINY, "values": Params(TINY).flat, **change}
+    write_bin(tmp_path / "model.bin", **values)
+    with pytest.raises(ValueError, match=message):
+        llmc.load_params(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 1023, 1024, -4, 4])
+def test_model_file_of_another_size_is_refused(tmp_path, size):
+    llmc.save_params(tmp_path / "model.bin", random_params(TINY, np.float32))
+    data = (tmp_path / "model.bin").read_bytes()
+    data = data[:size] if size < 1025 and size != 4 else data + bytes(4)
+    (tmp_path / "model.bin").write_bytes(data)
+    with pytest.raises(ValueError, match=r"model\.bin: \d+ bytes"):
+        llmc.load_params(tmp_path)
+
+
+def test_model_file_header_of_no_gpt2_is_refused(tmp_path):
+    with open(tmp_path / "model.bin", "wb") as file:
+        llmc.write_header(file, llmc.MODEL_MAGIC, 3, 8, 260, 2, 0, 8, 384)
+    with pytest.raises(ValueError, match="n_head = 0"):
+        llmc.load_params(tmp_path)
+
+
+def test_tokens_file_round_trip(tmp_path):
+    chunks = [np.array([1, 2, 65535]), np.array([], np.int64), np.array([7])]
+    assert llmc.save_tokens(tmp_path / "data.bin", chunks, 65536) == 4
+    tokens, n_vocab = llmc.load_tokens(tmp_path / "data.bin")
+    assert tokens.tolist() == [1, 2, 65535, 7]
+    assert tokens.dtype == np.uint16
+    assert n_vocab == 65536
+
+
+def test_tokens_file_may_be_empty(tmp_path):
+    llmc.save_tokens(tmp_path / "data.bin", [], 50257)
+    tokens, n_vocab = llmc.load_tokens(tmp_path / "data.bin")
+    assert (len(tokens), n_vocab) == (0, 50257)
+
+
+def test_tokens_file_of_another_size_is_refused(tmp_path):
+    llmc.save_tokens(tmp_path / "data.bin", [[1, 2]], 10)
+    (tmp_path / "data.bin").write_bytes((tmp_path / "data.bin").read_bytes() + b"x")
+    with pytest.raises(ValueError, match="1029 bytes, but a tokens file of 2 tokens takes 1028"):
+        llmc.load_tokens(tmp_path / "data.bin")
+
+
+def test_tokens_file_refuses_a_vocabulary_beyond_16_bits(tmp_path):
+    with pytest.raises(ValueError, match="65537"):
+        llmc.save_tokens(tmp_path / "data.bin", [], 65537)
+
+
+def test_what_a_file_cannot_hold_is_refused_and_leaves_the_file_alone(tmp_path, monkeypatch):
+    path = tmp_path / "it.bin"
+    path.write_bytes(b"good")
+    with pytest.raises(ValueError, match=r"a token of 256 bytes exceeds the 255 that .*it\.bin"):
+        token_table.save_tokenizer(path, [b"a", b"b" * 256], None)
+    with pytest.raises(ValueError, match="16-bit ids, 65536 at most"):
+        llmc.save_tokens(path, [], 65537)
+    with pytest.raises(ValueError, match=r"an array of shape \(2,\), expected \(3,\)"):
+        llmc.write_array(None, np.zeros(2), (3,))
+
+    class Many(np.ndarray):
+        def __len__(self):
+            return 2**31
+
+    with pytest.raises(ValueError, match="2147483648 tokens exceed"):
+        llmc.save_tokens(path, [np.zeros(1).view(Many)], 300)
+    assert path.read_bytes() == b"good"
+    assert os.listdir(tmp_path) == ["it.bin"]
