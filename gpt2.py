@@ -1,367 +1,297 @@
 """GPT-2 in NumPy: token ids into logits, gradients and new ids.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". The reading order is
-the order of explanation: the layers, each forward followed by its backward; the model made of
-them; the key/value cache; sampling and generation; the command line.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". In this order: the
+layers, each forward followed by its backward; the model made of them; its loss; the key/value
+cache; sampling and generation; the command line.
 
-Every layer is a pair of functions. The forward takes its input and its parameters `p` and returns
-`out, cache`; the backward takes `dout`, the gradient of the loss with respect to `out`, and that
-cache, adds the gradients of the parameters to `d` (a tree of the same names as `p`) and returns
-the gradient of the input. Its lines undo the forward's, last line first.
+Every layer is a pair of functions. The forward takes its input and its parameters `p`, and returns
+`out, cache`. The backward takes `dout`, the gradient of the loss with respect to `out`, and the
+cache. It adds the gradients of the parameters to `d`, which has the names of `p`, and returns the
+gradient of the input. Its lines undo those of the forward in reverse order.
 
-Shapes: B batch, T tokens (queries), S tokens seen (keys), C channels, H heads, D = C / H,
-V vocabulary; a gradient has the shape of what it is the gradient of. No layer names a dtype:
-float32 parameters compute in float32, float64 in float64.
+Shapes: B batch, T queries, S keys, C channels, H heads, D = C / H, V vocabulary. A gradient has the
+shape of what it is the gradient of. No layer names a dtype: float32 parameters compute in float32,
+float64 parameters in float64.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-import shutil
-import sys
-import time
-import unicodedata
+from collections import namedtuple
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import gpt2_support  # isort: skip (before NumPy: it configures its BLAS)  # noqa: F401
+from gpt2_support import blas, cli, hub, streaming, tiles  # isort: skip (blas before NumPy)
 
 import numpy as np
 
-import encoder
-from gpt2_support import blas, cli, hub, messages
-from gpt2_support.formats import llmc
-from gpt2_support.params import Params
+from gpt2_support.blas import accumulate_matmul, matmul, mean_last, sum_last
+from gpt2_support.checks import (
+    IGNORE_INDEX,
+    check_prompts,
+    check_sampling,
+    check_targets,
+    check_tokenizer,
+    check_tokens,
+)
+from gpt2_support.formats.llmc import load_params
+from gpt2_support.messages import info
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
-    from collections.abc import Callable, Sequence
-    from typing import Any, SupportsFloat, SupportsIndex
+    import argparse
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Any, Literal, SupportsFloat, TypeAlias
 
     from jaxtyping import Float, Integer
     from numpy import ndarray
     from numpy.random import Generator
-    from numpy.typing import DTypeLike
+    from numpy.typing import ArrayLike, DTypeLike
 
-    from gpt2_support.params import Config
+    from encoder import Encoder
+    from gpt2_support.params import MLP, Attention, Block, Config, LayerNorm, Linear, Params
 
-    Node = Any  # parameters, or their gradients, by name: p.w, p.ln_1.g
-    Cache = Any  # what a backward needs of its forward
-    Ids = Any  # ids (T,) or (B, T) in a list or an array, checked where they come in
+    Prompt: TypeAlias = Sequence[int] | Integer[ndarray, " T"]
+    Floats: TypeAlias = Float[ndarray, "..."]
+    AnyRows: TypeAlias = Float[ndarray, "*N C"]
+    Rows: TypeAlias = Float[ndarray, "N C"]
+    Stream: TypeAlias = Float[ndarray, "B T C"]
+    Heads: TypeAlias = Float[ndarray, "B H T D"]
+    Keys: TypeAlias = Float[ndarray, "B H S D"]
+    Scores: TypeAlias = Float[ndarray, "B H T S"]
+    Tokens: TypeAlias = Integer[ndarray, "B T"]
+    Positions: TypeAlias = Integer[ndarray, "#B T"]
+    Logits: TypeAlias = Float[ndarray, " V"]
+    Caches: TypeAlias = dict[str, Any]  # by layer: an EmbedCache, BlockCaches, a LayerNormCache
+    Hook: TypeAlias = Callable[[str, Stream, Any], Stream]
 
 # ----------------------------------------------------------------------------------------------
 # The layers
 
 
-def embed(
-    tokens: Integer[ndarray, "B T"], positions: Integer[ndarray, "#B T"], p: Node
-) -> tuple[Float[ndarray, "B T C"], Cache]:
-    """Look up token and position embeddings: tokens (B, T), positions (B or 1, T) -> (B, T, C).
+EmbedCache = namedtuple("EmbedCache", "tokens positions")
+
+
+def embed(tokens: Tokens, positions: Positions, p: Params) -> tuple[Stream, EmbedCache]:
+    """Add the embeddings of tokens (B, T) and of positions (B or 1, T): -> (B, T, C).
 
     Both are learned, as in Radford et al. 2018, "Improving Language Understanding by Generative
     Pre-Training".
     """
-    return p.wte[tokens] + p.wpe[positions], (tokens, positions)
+    return p.wte[tokens] + p.wpe[positions], EmbedCache(tokens, positions)
 
 
-def embed_backward(dout: Float[ndarray, "B T C"], cache: Cache, d: Node) -> None:
-    """Each row of dout is added to the row of wte, and of wpe, that it was looked up from.
-
-    positions (1, T): a batch that is trained on has no KV cache, and its rows start together.
-    """
-    tokens, positions = cache
-    d.wpe[positions[0]] += dout.sum(0)
-    np.add.at(d.wte, tokens, dout)  # not `d.wte[tokens] += dout`: a token may occur twice
+def embed_backward(dout: Stream, cache: EmbedCache, d: Params) -> None:
+    """dwte[tokens] += dout;  dwpe[positions] += dout, for positions (1, T)."""
+    d.wpe[cache.positions[0]] += dout.sum(0)
+    np.add.at(d.wte, cache.tokens, dout)  # `d.wte[tokens] += dout` adds a repeated token once
 
 
-def layer_norm(
-    x: Float[ndarray, "*N C"], p: Node, eps: float = 1e-5
-) -> tuple[Float[ndarray, "*N C"], Cache]:
-    """Normalise each row to mean 0 and variance 1, then scale and shift: x (..., C) -> (..., C).
+LayerNormCache = namedtuple("LayerNormCache", "xhat rstd")
+
+
+def layer_norm(x: AnyRows, p: LayerNorm, eps: float = 1e-5) -> tuple[AnyRows, LayerNormCache]:
+    """Normalise each row to mean 0 and variance 1, then scale and shift it: (..., C) -> (..., C).
 
     Ba et al. 2016, arXiv:1607.06450.
     """
-    norm = x - row_mean(x)
-    rstd = 1 / np.sqrt(row_mean(norm, norm) + eps)
-    norm *= rstd
-    return norm * p.g + p.b, (norm, rstd)
+    xhat = x - mean_last(x)
+    rstd = 1 / np.sqrt(mean_last(xhat, xhat) + eps)
+    xhat *= rstd
+    return xhat * p.g + p.b, LayerNormCache(xhat, rstd)
 
 
 def layer_norm_backward(
-    dout: Float[ndarray, "*N C"], cache: Cache, p: Node, d: Node
-) -> Float[ndarray, "*N C"]:
-    """dx = rstd (dnorm - mean(dnorm) - norm mean(dnorm norm)), where dnorm = dout g."""
-    norm, rstd = cache
-    d.b += sum_rows(dout)
-    d.g += sum_rows(dout * norm)
-    dx = dout * p.g
-    dx -= row_mean(dx) + norm * row_mean(dx, norm)
-    dx *= rstd
-    return dx
+    dout: AnyRows, cache: LayerNormCache, p: LayerNorm, d: LayerNorm
+) -> AnyRows:
+    """dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)), where dxhat = dout g."""
+    xhat, rstd = cache
+    d.b += as_rows(dout).sum(0)
+    d.g += as_rows(dout * xhat).sum(0)
+    dxhat = dout * p.g
+    dxhat -= mean_last(dxhat) + xhat * mean_last(dxhat, xhat)
+    dxhat *= rstd
+    return dxhat
 
 
-def row_sum(*factors: Float[ndarray, "*N C"]) -> Float[ndarray, "*N 1"]:
-    """Sum the product of arrays (..., C) along the last axis -> (..., 1).
-
-    einsum does it in one pass, without an array for the product, and faster than `sum` does.
-    """
-    subscripts = ",".join(["...c"] * len(factors)) + "->..."
-    return np.einsum(subscripts, *factors)[..., None]
-
-
-def row_mean(*factors: Float[ndarray, "*N C"]) -> Float[ndarray, "*N 1"]:
-    """The mean instead of the sum: (..., C) -> (..., 1)."""
-    return row_sum(*factors) / factors[0].shape[-1]
-
-
-def linear(x: Float[ndarray, "*N I"], p: Node) -> tuple[Float[ndarray, "*N O"], Cache]:
-    """x w^T + b: x (..., I) -> (..., O), with w (O, I)."""
-    out = times(as_rows(x), p.w)  # x w^T, over all rows at once, not for each batch entry
+def linear(x: AnyRows, p: Linear) -> tuple[Float[ndarray, "*N O"], AnyRows]:
+    """x w^T + b: x (..., I) -> (..., O)."""
+    out = matmul(as_rows(x), p.w.T)
     out += p.b
     return out.reshape(*x.shape[:-1], -1), x
 
 
-def linear_backward(
-    dout: Float[ndarray, "*N O"], cache: Cache, p: Node, d: Node
-) -> Float[ndarray, "*N I"]:
+def linear_backward(dout: Float[ndarray, "*N O"], x: AnyRows, p: Linear, d: Linear) -> AnyRows:
     """dx = dout w;  dw = dout^T x;  db = the sum of dout over all rows."""
-    x = cache
-    d.b += sum_rows(dout)
+    d.b += as_rows(dout).sum(0)
     d.w += as_rows(dout).T @ as_rows(x)
     return (as_rows(dout) @ p.w).reshape(x.shape)
 
 
-def as_rows(x: Float[ndarray, "*N C"]) -> Float[ndarray, "M C"]:
-    """View (..., C) as (N, C)."""
+def as_rows(x: AnyRows) -> Rows:
+    """View (..., C) as (N, C): one product over all rows is faster than one for each batch row."""
     return x.reshape(-1, x.shape[-1])
-
-
-def sum_rows(x: Float[ndarray, "*N C"]) -> Float[ndarray, " C"]:
-    """Sum (..., C) over all but the last axis -> (C,)."""
-    return as_rows(x).sum(0)
-
-
-FEW_ROWS = 32
-STACK = 1 << 18  # multiplications that OpenBLAS does at once, in one thread, by small kernels
-
-
-def times(x: Float[ndarray, "N I"], w: Float[ndarray, "O I"]) -> Float[ndarray, "N O"]:
-    """x w^T: x (N, I), w (O, I) -> (N, O).
-
-    BLAS first copies w into another order, which for a few rows of x takes longer than the product
-    itself. OpenBLAS's kernels for small matrices do without: then w is taken a few rows at a time.
-    """
-    if not 1 < len(x) <= FEW_ROWS or not blas.has_small_kernels():
-        return x @ w.T
-    n = max(1, STACK // x.size)  # rows of w in a small product
-    whole = len(w) // n * n
-    columns, out = np.ascontiguousarray(x.T), np.empty((len(w), len(x)), x.dtype)
-    stack, products = w[:whole].reshape(-1, n, w.shape[1]), out[:whole].reshape(-1, n, len(x))
-
-    def multiply(part):
-        np.matmul(stack[part], columns, out=products[part])
-
-    blas.parallel_for(multiply, len(stack), work=w.size * len(x))
-    np.matmul(w[whole:], columns, out=out[whole:])
-    return np.ascontiguousarray(out.T)
 
 
 GELU_SCALE = math.sqrt(2 / math.pi)  # math, not np: a NumPy scalar would turn float32 into float64
 
 
-def gelu(x: Float[ndarray, "*N C"]) -> tuple[Float[ndarray, "*N C"], Cache]:
+GeluCache = namedtuple("GeluCache", "x tanh")
+
+
+def gelu(x: AnyRows) -> tuple[AnyRows, GeluCache]:
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), elementwise.
 
     Hendrycks and Gimpel 2016, arXiv:1606.08415, in the tanh form that GPT-2 was trained with.
     """
-    tanh = x * x
-    tanh *= 0.044715 * GELU_SCALE
-    tanh += GELU_SCALE
-    tanh *= x
+    tanh = (x * x * (0.044715 * GELU_SCALE) + GELU_SCALE) * x
     np.tanh(tanh, out=tanh)
-    out = tanh + 1
-    out *= x
-    out *= 0.5
-    return out, (x, tanh)
+    return (tanh + 1) * x * 0.5, GeluCache(x, tanh)
 
 
-def gelu_backward(dout: Float[ndarray, "*N C"], cache: Cache) -> Float[ndarray, "*N C"]:
+def gelu_backward(dout: AnyRows, cache: GeluCache) -> AnyRows:
     """dx = dout 0.5 (1 + tanh + x (1 - tanh^2) sqrt(2 / pi) (1 + 3 0.044715 x^2))."""
     x, tanh = cache
-    dx = x * x
-    dx *= 3 * 0.044715 * GELU_SCALE
-    dx += GELU_SCALE
-    dx *= x
-    dx *= 1 - tanh * tanh
-    dx += tanh
-    dx += 1
-    dx *= dout
-    dx *= 0.5
-    return dx
+    slope = (x * x * (3 * 0.044715 * GELU_SCALE) + GELU_SCALE) * x * (1 - tanh * tanh)
+    return (slope + tanh + 1) * dout * 0.5
 
 
 def softmax(x: Float[ndarray, "*N S"]) -> Float[ndarray, "*N S"]:
-    """Turn scores (..., S) into probabilities along the last axis, in place.
+    """exp(x) / sum(exp(x)) along the last axis, in place.
 
-    Taking the largest score off each row first changes nothing and keeps exp from overflowing.
+    Subtracts the row maximum so that exp cannot overflow.
     """
     x -= x.max(-1, keepdims=True)
     np.exp(x, out=x)
-    x /= row_sum(x)
+    x /= sum_last(x)
     return x
 
 
 def softmax_backward(
-    dout: Float[ndarray, "*N S"], att: Float[ndarray, "*N S"]
+    dout: Float[ndarray, "*N S"], out: Float[ndarray, "*N S"]
 ) -> Float[ndarray, "*N S"]:
-    """dscores = att (dout - sum(dout att)), in place of dout."""
-    dout -= row_sum(dout, att)
-    dout *= att
+    """dx = out (dout - sum(dout out)), in place of dout."""
+    dout -= sum_last(dout, out)
+    dout *= out
     return dout
 
 
-ATTEND_ROWS = 128  # queries at a time
+def scaled_dot_product_attention(
+    q: Heads, k: Keys, v: Keys, positions: Positions
+) -> tuple[Heads, Scores]:
+    """softmax(q k^T / sqrt(D)) v, where query t sees only the keys s <= positions[b, t].
 
-
-def attend(
-    q: Float[ndarray, "B H T D"],
-    k: Float[ndarray, "B H S D"],
-    v: Float[ndarray, "B H S D"],
-    positions: Integer[ndarray, "#B T"],
-) -> tuple[Float[ndarray, "B H T D"], Cache]:
-    """Mix the values by how well each query matches each key that is not later than itself.
-
-    q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D): softmax(q k^T / sqrt(D)) v. Key s is at
-    position s, query t of row b at positions[b, t], and sees the keys s <= positions[b, t] only:
-    a block of queries is compared with the keys that its last one sees, and no later ones.
     Vaswani et al. 2017, arXiv:1706.03762, 3.2.1.
     """
-    B, H, T, D = q.shape
-    out = np.empty((B, T, H, D), q.dtype).transpose(0, 2, 1, 3)  # so that merging heads is free
-    atts = []
-    for start in range(0, T, ATTEND_ROWS):
-        seen = positions[:, start : start + ATTEND_ROWS]
-        atts.append(np.empty((B, H, seen.shape[1], seen.max() + 1), q.dtype))
-
-    def mix(heads):
-        for i, att in enumerate(atts):
-            rows, S = slice(i * ATTEND_ROWS, (i + 1) * ATTEND_ROWS), att.shape[-1]
-            scores, keys = att[:, heads], k[:, heads, :S]  # (B, H, ATTEND_ROWS, S), (B, H, S, D)
-            np.matmul(q[:, heads, rows], keys.swapaxes(-1, -2), out=scores)
-            scores *= 1 / math.sqrt(D)
-            if positions[:, rows].min() < S - 1:  # some query must not see some key
-                future = np.arange(S) > positions[:, None, rows, None]
-                np.copyto(scores, -np.inf, where=future)
-            np.matmul(softmax(scores), v[:, heads, :S], out=out[:, heads, rows])
-
-    blas.parallel_for(mix, H, work=q.size * k.shape[2])
-    return out, (q, k, v, atts)
+    att = q @ k.swapaxes(-1, -2)  # (B, H, T, S)
+    att *= 1 / math.sqrt(q.shape[-1])
+    att = softmax(mask_future(att, positions))
+    return att @ v, att
 
 
-def attend_backward(
-    dout: Float[ndarray, "B H T D"], cache: Cache
-) -> tuple[Float[ndarray, "B H T D"], Float[ndarray, "B H S D"], Float[ndarray, "B H S D"]]:
-    """dv = att^T dout;  dscores = softmax_backward(dout v^T);  dq, dk = dscores (k, q) / sqrt(D).
+def mask_future(att: Scores, positions: Positions) -> Scores:
+    """Set the scores of the keys that are later than their query to -inf, in place."""
+    S = att.shape[-1]
+    if positions.min() < S - 1:
+        future = np.arange(S) > positions[:, None, :, None]
+        np.copyto(att, -np.inf, where=future)
+    return att
 
-    Nothing is needed for the keys that were hidden: their att, and so their dscores, are 0.
+
+def scaled_dot_product_attention_backward(
+    dout: Heads, cache: tuple[Heads, Keys, Keys, Scores]
+) -> tuple[Heads, Keys, Keys]:
+    """dv = att^T dout;  datt = dout v^T;  dq, dk = dscores k, dscores^T q, over sqrt(D).
+
+    A masked score has att = 0, and so no gradient.
     """
-    q, k, v, atts = cache
-    dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
+    q, k, v, att = cache
+    dv = att.swapaxes(-1, -2) @ dout
+    datt = dout @ v.swapaxes(-1, -2)
+    datt = softmax_backward(datt, att)
+    datt *= 1 / math.sqrt(q.shape[-1])
+    return datt @ k, datt.swapaxes(-1, -2) @ q, dv
 
-    def undo(heads):
-        dout_, q_, k_, v_, dq_, dk_, dv_ = (x[:, heads] for x in (dout, q, k, v, dq, dk, dv))
-        for i, att in enumerate(atts):
-            rows, S = slice(i * ATTEND_ROWS, (i + 1) * ATTEND_ROWS), att.shape[-1]
-            att = att[:, heads]
-            dv_[:, :, :S] += att.swapaxes(-1, -2) @ dout_[:, :, rows]
-            dscores = softmax_backward(dout_[:, :, rows] @ v_[:, :, :S].swapaxes(-1, -2), att)
-            dscores *= 1 / math.sqrt(q.shape[-1])
-            dq_[:, :, rows] = dscores @ k_[:, :, :S]
-            dk_[:, :, :S] += dscores.swapaxes(-1, -2) @ q_[:, :, rows]
 
-    blas.parallel_for(undo, q.shape[1], work=q.size * k.shape[2])
-    return dq, dk, dv
+AttentionCache = namedtuple("AttentionCache", "x q k v att heads")
 
 
 def attention(
-    x: Float[ndarray, "B T C"],
-    p: Node,
-    n_head: int,
-    positions: Integer[ndarray, "#B T"],
-    past: Float[ndarray, "2 B H n_ctx D"] | None = None,
-) -> tuple[Float[ndarray, "B T C"], Cache]:
-    """Multi-head causal self-attention: x (B, T, C) -> (B, T, C).
+    x: Stream, p: Attention, n_head: int, positions: Positions, past: Past | None = None
+) -> tuple[Stream, AttentionCache]:
+    """Multi-head causal self-attention: (B, T, C) -> (B, T, C).
 
-    With `past`, one layer of a KVCache, the keys and values of earlier calls are seen too.
+    With `past`, a layer of a KVCache, queries also see the keys and values of earlier calls.
     Vaswani et al. 2017, 3.2.2.
     """
     qkv, x = linear(x, p.c_attn)  # (B, T, 3C)
-    q, k, v = split_heads(qkv, n_head)  # (B, H, T, D) each
+    q, k, v = split_heads(qkv, 3, n_head)  # (B, H, T, D) each
     if past is not None:
-        k, v = remember(past, k, v, positions)  # (B, H, S, D)
-    out, heads = attend(q, k, v, positions)  # (B, H, T, D)
-    out, merged = linear(merge_heads(out), p.c_proj)  # (B, T, C)
-    return out, (x, heads, merged)
+        k, v = past.update(k, v, positions)  # (B, H, S, D)
+    out, att = tiles.attend(scaled_dot_product_attention, q, k, v, positions)
+    out, heads = linear(merge_heads(out), p.c_proj)  # (B, T, C)
+    return out, AttentionCache(x, q, k, v, att, heads)
 
 
 def attention_backward(
-    dout: Float[ndarray, "B T C"], cache: Cache, p: Node, d: Node, n_head: int
-) -> Float[ndarray, "B T C"]:
-    """The steps of `attention` undone one by one."""
-    x, heads, merged = cache
-    dout = linear_backward(dout, merged, p.c_proj, d.c_proj)  # (B, T, C)
-    dq, dk, dv = attend_backward(split_heads(dout, n_head, 1)[0], heads)
+    dout: Stream, cache: AttentionCache, p: Attention, d: Attention, n_head: int
+) -> Stream:
+    """The steps of `attention` in reverse."""
+    x, q, k, v, att, heads = cache
+    dheads = linear_backward(dout, heads, p.c_proj, d.c_proj)
+    (dout,) = split_heads(dheads, 1, n_head)
+    dq, dk, dv = tiles.attend_backward(scaled_dot_product_attention_backward, dout, q, k, v, att)
     dqkv = np.concatenate([merge_heads(dx) for dx in (dq, dk, dv)], axis=-1)  # (B, T, 3C)
     return linear_backward(dqkv, x, p.c_attn, d.c_attn)
 
 
 def split_heads(
-    x: Float[ndarray, "B T W"], n_head: int, n_parts: int = 3
-) -> Float[ndarray, "{n_parts} B {n_head} T D"]:
-    """View (B, T, n_parts C) as n_parts arrays (B, H, T, D); a head's channels are adjacent."""
-    B, T, width = x.shape
-    x = x.reshape(B, T, n_parts, n_head, width // n_parts // n_head)
-    return x.transpose(2, 0, 3, 1, 4)
+    x: Float[ndarray, "B T W"], n: int, n_head: int
+) -> Float[ndarray, "{n} B {n_head} T D"]:
+    """View (B, T, n C) as n arrays (B, H, T, D): the channels of a head are adjacent."""
+    B, T, W = x.shape
+    return x.reshape(B, T, n, n_head, W // n // n_head).transpose(2, 0, 3, 1, 4)
 
 
-def merge_heads(x: Float[ndarray, "B H T D"]) -> Float[ndarray, "B T H*D"]:
-    """(B, H, T, D) -> (B, T, C), the inverse of `split_heads`."""
+def merge_heads(x: Heads) -> Float[ndarray, "B T H*D"]:
+    """(B, H, T, D) -> (B, T, C)."""
     B, H, T, D = x.shape
     return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
 
 
-def mlp(x: Float[ndarray, "B T C"], p: Node) -> tuple[Float[ndarray, "B T C"], Cache]:
-    """Two linear layers with GELU between them, 4C wide inside: x (B, T, C) -> (B, T, C).
+MLPCache = namedtuple("MLPCache", "x fc gelu")
 
-    Vaswani et al. 2017, 3.3, there with ReLU.
+
+def mlp(x: Stream, p: MLP) -> tuple[Stream, MLPCache]:
+    """Two linear layers with GELU between them, 4C wide inside: (B, T, C) -> (B, T, C).
+
+    Vaswani et al. 2017, 3.3, with GELU for ReLU.
     """
     h, x = linear(x, p.c_fc)  # (B, T, 4C)
-    h, activation = gelu(h)
+    h, fc = gelu(h)
     out, h = linear(h, p.c_proj)  # (B, T, C)
-    return out, (x, activation, h)
+    return out, MLPCache(x, fc, h)
 
 
-def mlp_backward(
-    dout: Float[ndarray, "B T C"], cache: Cache, p: Node, d: Node
-) -> Float[ndarray, "B T C"]:
-    """The steps of `mlp` undone one by one."""
-    x, activation, h = cache
+def mlp_backward(dout: Stream, cache: MLPCache, p: MLP, d: MLP) -> Stream:
+    """The steps of `mlp` in reverse."""
+    x, fc, h = cache
     dh = linear_backward(dout, h, p.c_proj, d.c_proj)
-    dh = gelu_backward(dh, activation)
+    dh = gelu_backward(dh, fc)
     return linear_backward(dh, x, p.c_fc, d.c_fc)
 
 
+BlockCache = namedtuple("BlockCache", "ln_1 attn ln_2 mlp")
+
+
 def block(
-    x: Float[ndarray, "B T C"],
-    p: Node,
-    n_head: int,
-    positions: Integer[ndarray, "#B T"],
-    past: Float[ndarray, "2 B H n_ctx D"] | None = None,
-) -> tuple[Float[ndarray, "B T C"], Cache]:
-    """One transformer block: attention, then MLP, each added to the residual stream (B, T, C).
+    x: Stream, p: Block, n_head: int, positions: Positions, past: Past | None = None
+) -> tuple[Stream, BlockCache]:
+    """Add attention, then the MLP, to the residual stream: (B, T, C) -> (B, T, C).
 
     The sums are the residual connections of He et al. 2015, arXiv:1512.03385. GPT-2 normalises the
-    input of each branch, not its output (pre-norm; Radford et al. 2019, 2.3).
+    input of each branch instead of its output (pre-norm; Radford et al. 2019, 2.3).
     """
     h, ln_1 = layer_norm(x, p.ln_1)
     h, attn = attention(h, p.attn, n_head, positions, past)
@@ -369,18 +299,15 @@ def block(
     h, ln_2 = layer_norm(x, p.ln_2)
     h, mlp_ = mlp(h, p.mlp)
     x = x + h
-    return x, (ln_1, attn, ln_2, mlp_)
+    return x, BlockCache(ln_1, attn, ln_2, mlp_)
 
 
-def block_backward(
-    dx: Float[ndarray, "B T C"], cache: Cache, p: Node, d: Node, n_head: int
-) -> Float[ndarray, "B T C"]:
-    """A sum passes its gradient on to both terms: each branch adds to what the stream carries."""
-    ln_1, attn, ln_2, mlp_ = cache
-    dh = mlp_backward(dx, mlp_, p.mlp, d.mlp)
-    dx = dx + layer_norm_backward(dh, ln_2, p.ln_2, d.ln_2)
-    dh = attention_backward(dx, attn, p.attn, d.attn, n_head)
-    dx = dx + layer_norm_backward(dh, ln_1, p.ln_1, d.ln_1)
+def block_backward(dx: Stream, cache: BlockCache, p: Block, d: Block, n_head: int) -> Stream:
+    """The steps of `block` in reverse: a sum passes its gradient on to both of its terms."""
+    dh = mlp_backward(dx, cache.mlp, p.mlp, d.mlp)
+    dx = dx + layer_norm_backward(dh, cache.ln_2, p.ln_2, d.ln_2)
+    dh = attention_backward(dx, cache.attn, p.attn, d.attn, n_head)
+    dx = dx + layer_norm_backward(dh, cache.ln_1, p.ln_1, d.ln_1)
     return dx
 
 
@@ -389,228 +316,189 @@ def block_backward(
 
 
 def forward(
-    params: Params, tokens: Ids, kv: KVCache | None = None, record: dict[str, ndarray] | None = None
+    params: Params,
+    tokens: ArrayLike,
+    kv: KVCache | None = None,
+    record: dict[str, ndarray] | None = None,
 ) -> Float[ndarray, "*B T V"]:
     """Return the logits of the next token after each token: (T,) -> (T, V), or (B, T) -> (B, T, V).
 
-    With kv, a KVCache of batch size B, `tokens` continue those of earlier calls and only they are
-    computed. Row t of the logits depends on tokens 0..t only. The dtype is that of the parameters.
-    The head is wte once more (tied weights; Press and Wolf 2016, arXiv:1608.05859).
-    `record`, a dict, receives what the model computes on the way, by name: the residual stream as
-    "embed" and, after block 3, "h3"; within a block what `name_activations` says, as
-    "h3.attn.att"; "ln_f" and "logits". Their shapes begin with B only if that of `tokens` does.
+    Row t depends on tokens 0..t only. With kv, a KVCache of batch size B, `tokens` continue those
+    of earlier calls, and only they are computed. The logits have the dtype of the parameters.
+    `record`, a dict, receives the activations by name: the residual stream as "embed" and, after
+    block 3, "h3"; within the block "h3.attn.att" and the others of `block_activations`; "ln_f" and
+    "logits". Their shapes begin with B only if that of `tokens` does.
     Raises ValueError for an id outside the vocabulary or a position beyond n_ctx.
     """
-    batch, single = check_tokens(params.config, tokens, kv), np.ndim(tokens) == 1
-    recorded: dict[str, ndarray] = {}
-    x = transformer(params, batch, kv, record=None if record is None else recorded)
-    logits = x @ params.wte.T
+    batch, is_single = check_tokens(params.config, tokens, kv), np.ndim(tokens) == 1
+    activations: dict[str, ndarray] = {}
+    x = transformer(params, batch, kv, ignore if record is None else recorder(params, activations))
+    logits = x @ params.wte.T  # tied weights: Press and Wolf 2016, arXiv:1608.05859
     if record is not None:
-        recorded |= {"ln_f": x, "logits": logits}
-        record |= {name: array[0] if single else array for name, array in recorded.items()}
-    return logits[0] if single else logits
+        activations["logits"] = logits
+        record |= {name: x[0] if is_single else x for name, x in activations.items()}
+    return logits[0] if is_single else logits
 
 
-def check_tokens(config: Config, tokens: Ids, kv: KVCache | None = None) -> Integer[ndarray, "B T"]:
-    """Return tokens as an array (B, T); raise ValueError if the model cannot take them."""
-    tokens = np.asarray(tokens)
-    if tokens.ndim not in (1, 2) or tokens.size == 0 or tokens.dtype.kind not in "iu":
-        found = f"shape {tokens.shape}, dtype {tokens.dtype}"
-        raise ValueError(f"tokens must be whole numbers of shape (T,) or (B, T), found {found}")
-    low, high = tokens.min(), tokens.max()
-    if low < 0 or high >= config.n_vocab:
-        bad = low if low < 0 else high
-        raise ValueError(f"token id {bad} is outside the vocabulary of {config.n_vocab}")
-    tokens = np.atleast_2d(tokens)
-    B, T = tokens.shape
-    if kv is not None and len(kv.length) != B:
-        raise ValueError(f"{B} rows of tokens, but the KV cache has {len(kv.length)}")
-    end = T if kv is None else T + kv.length.max()
-    if end > config.n_ctx:
-        raise ValueError(f"position {end} exceeds n_ctx = {config.n_ctx}")
-    return tokens
-
-
-def transformer(
-    params: Params,
-    tokens: Integer[ndarray, "B T"],
-    kv: KVCache | None = None,
-    caches: list | None = None,
-    record: dict[str, ndarray] | None = None,
-) -> Float[ndarray, "B T C"]:
-    """Run everything but the head: tokens (B, T) -> x (B, T, C), normalised by ln_f.
-
-    `caches`, a list, receives what `transformer_backward` needs; without it the cache of a layer
-    is dropped as soon as the layer is done. `record`, a dict, receives activations by name.
-    """
-    blas.tune_malloc()
-    keep = (lambda cache: None) if caches is None else caches.append
-    n_head = params.config.n_head
-    start = np.zeros(1, int) if kv is None else kv.length
-    positions = start[:, None] + np.arange(tokens.shape[1])  # (B or 1, T)
-    x, cache = embed(tokens, positions, params)
-    keep(cache)
-    if record is not None:
-        record["embed"] = x
-    for i, p in enumerate(params.h):
-        x, cache = block(x, p, n_head, positions, None if kv is None else kv.layers[i])
-        keep(cache)
-        if record is not None:
-            named = name_activations(cache, p)
-            record |= {f"h{i}.{name}": array for name, array in named.items()} | {f"h{i}": x}
-    x, cache = layer_norm(x, params.ln_f)
-    keep(cache)
-    if kv is not None:
-        kv.length += tokens.shape[1]
+def ignore(name: str, x: Stream, cache: Any) -> Stream:
+    """The hook of a plain forward: caches are dropped as soon as they are there."""
     return x
 
 
-def transformer_backward(
-    dx: Float[ndarray, "B T C"],
-    caches: list,
-    params: Params,
-    grads: Params,
-    done: Callable[[int], None] = lambda layer: None,
-) -> None:
-    """Add to grads what dx (B, T, C), the gradient of the transformer's output, implies.
+def transformer(
+    params: Params, tokens: Tokens, kv: KVCache | None = None, hook: Hook = ignore
+) -> Stream:
+    """Run everything but the head: tokens (B, T) -> the output of ln_f, (B, T, C).
 
-    `done(i)` is called when the gradients of layer i are whole.
+    After each layer `hook(name, x, cache)` receives the residual stream, and what the backward of
+    the layer needs. The model goes on with what it returns.
     """
-    dx = layer_norm_backward(dx, caches.pop(), params.ln_f, grads.ln_f)
+    blas.tune_malloc()
+    start = np.zeros(1, int) if kv is None else kv.length
+    positions = start[:, None] + np.arange(tokens.shape[1])  # (B or 1, T)
+    x = hook("embed", *embed(tokens, positions, params))
+    for i, p in enumerate(params.h):
+        past = None if kv is None else kv.layer(i)
+        x = hook(f"h{i}", *block(x, p, params.config.n_head, positions, past))
+    if kv is not None:
+        kv.length += tokens.shape[1]
+    return hook("ln_f", *layer_norm(x, params.ln_f))
+
+
+def transformer_backward(dx: Stream, caches: Caches, params: Params, d: Params) -> None:
+    """The layers of `transformer` in reverse; each takes its cache out of `caches`."""
+    dx = layer_norm_backward(dx, caches.pop("ln_f"), params.ln_f, d.ln_f)
     for i in reversed(range(params.config.n_layer)):
-        dx = block_backward(dx, caches.pop(), params.h[i], grads.h[i], params.config.n_head)
-        done(i)
-    embed_backward(dx, caches.pop(), grads)
+        dx = block_backward(dx, caches.pop(f"h{i}"), params.h[i], d.h[i], params.config.n_head)
+    embed_backward(dx, caches.pop("embed"), d)
 
 
-def name_activations(cache: Cache, p: Node) -> dict[str, ndarray]:
-    """Return what the cache of a block holds, by name; all are (B, T, C) but where it says more.
+def recorder(params: Params, record: dict[str, ndarray]) -> Hook:
+    """Return a hook that puts every activation into `record`, by name."""
 
-    ln_1, ln_2: what the branches read, normalised. attn.q, attn.k, attn.v: (B, H, T or S, D).
-    attn.att: who looks at whom, (B, H, T, S). attn.heads: what they bring, side by side. mlp.fc
-    and mlp.gelu: before and after the activation, (B, T, 4C). attn.out, mlp.out: what each branch
-    adds to the residual stream.
-    """
-    _, (ln_1, (q, k, v, atts), heads), _, (ln_2, (fc, _), gelu) = cache
-    att = np.zeros((*q.shape[:3], k.shape[2]), q.dtype)
-    for i, rows in enumerate(atts):
-        att[:, :, i * ATTEND_ROWS : (i + 1) * ATTEND_ROWS, : rows.shape[-1]] = rows
-    attn = {"q": q, "k": k.copy(), "v": v.copy(), "att": att, "heads": heads}  # a KVCache changes
-    attn["out"] = linear(heads, p.attn.c_proj)[0]
-    mlp = {"fc": fc, "gelu": gelu, "out": linear(gelu, p.mlp.c_proj)[0]}
-    named = {"ln_1": ln_1, "ln_2": ln_2}
-    named |= {f"attn.{name}": array for name, array in attn.items()}
-    return named | {f"mlp.{name}": array for name, array in mlp.items()}
+    def hook(name: str, x: Stream, cache: Any) -> Stream:
+        if isinstance(cache, BlockCache):
+            inner = block_activations(cache, params.h[int(name[1:])])
+            record.update({f"{name}.{key}": array for key, array in inner.items()})
+        record[name] = x
+        return x
+
+    return hook
 
 
-IGNORE = -1  # a target that takes no part in the loss
+def block_activations(cache: BlockCache, p: Block) -> dict[str, ndarray]:
+    """Return the activations of a block by name; each is (B, T, C) unless noted."""
+    attn, mlp = cache.attn, cache.mlp
+    return {
+        "ln_1": attn.x,
+        "attn.q": attn.q,  # (B, H, T, D)
+        "attn.k": attn.k.copy(),  # (B, H, S, D); a view of the KV cache changes later
+        "attn.v": attn.v.copy(),  # (B, H, S, D)
+        "attn.att": tiles.join(attn.att, attn.k.shape[2]),  # (B, H, T, S): who looks at whom
+        "attn.heads": attn.heads,  # the outputs of the heads side by side
+        "attn.out": linear(attn.heads, p.attn.c_proj)[0],  # added to the residual stream
+        "ln_2": mlp.x,
+        "mlp.fc": mlp.fc.x,  # (B, T, 4C)
+        "mlp.gelu": mlp.gelu,  # (B, T, 4C)
+        "mlp.out": linear(mlp.gelu, p.mlp.c_proj)[0],  # added to the residual stream
+    }
+
+
+# ----------------------------------------------------------------------------------------------
+# The loss
+
+
+CrossEntropyCache = namedtuple("CrossEntropyCache", "exp total targets")
 
 
 def cross_entropy(
     logits: Float[ndarray, "N V"], targets: Integer[ndarray, " N"]
-) -> tuple[Float[ndarray, " N"], Cache]:
-    """-log softmax(logits)[target] of each row, 0 where the target is IGNORE.
+) -> tuple[Float[ndarray, " N"], CrossEntropyCache]:
+    """-log softmax(logits)[target] of each row, 0 where the target is IGNORE_INDEX.
 
-    logits (N, V), which is overwritten, targets (N,) -> losses (N,).
+    logits (N, V), which it overwrites, targets (N,) -> losses (N,).
     """
     logits -= logits.max(-1, keepdims=True)
     at_target = logits[np.arange(len(targets)), targets]
     exp = np.exp(logits, out=logits)
-    total = row_sum(exp)[:, 0]
+    total = sum_last(exp)[:, 0]
     losses = np.log(total) - at_target
-    losses[targets == IGNORE] = 0
-    return losses, (exp, total, targets)
+    losses[targets == IGNORE_INDEX] = 0
+    return losses, CrossEntropyCache(exp, total, targets)
 
 
-def cross_entropy_backward(dout: Float[ndarray, " N"], cache: Cache) -> Float[ndarray, "N V"]:
-    """dlogits = dout (softmax(logits) - onehot(target)), in the memory of the logits: (N, V)."""
+def cross_entropy_backward(
+    dout: Float[ndarray, " N"], cache: CrossEntropyCache
+) -> Float[ndarray, "N V"]:
+    """dlogits = dout (softmax(logits) - onehot(target)), in place of the logits."""
     exp, total, targets = cache
-    dout = np.where(targets == IGNORE, 0, dout)
+    dout = np.where(targets == IGNORE_INDEX, 0, dout)
     dlogits = exp
     dlogits *= (dout / total)[:, None]
     dlogits[np.arange(len(targets)), targets] -= dout
     return dlogits
 
 
-HEAD_ROWS = 256  # rows whose logits exist at one time: 50 MB of float32 for GPT-2's vocabulary
-HEAD_IDS = 4096  # ids whose gradient is added up at one time
+LM_HEAD_ROWS = 256  # rows of logits at a time: 50 MB of float32 for GPT-2's vocabulary
 
 
-def head(
-    x: Float[ndarray, "N C"], p: Node, targets: Integer[ndarray, " N"], d: Node = None
-) -> tuple[Float[ndarray, " N"], Any]:
-    """The logits x wte^T and their cross-entropy: x (N, C), targets (N,) -> losses (N,), dx (N, C).
+def lm_head_loss(
+    x: Rows,
+    wte: Float[ndarray, "V C"],
+    targets: Integer[ndarray, " N"],
+    dwte: Float[ndarray, "V C"] | None = None,
+) -> tuple[Float[ndarray, " N"], Rows | None]:
+    """Cross-entropy of the logits x wte^T: x (N, C), targets (N,) -> losses (N,), dx (N, C).
 
-    Forward and backward in one, over blocks of rows, since the logits (N, V) are the largest array
-    of training and need never exist whole. With d, the gradient of the mean loss over all targets
-    that count is added to d.wte and returned as dx; without d, dx is None.
+    With dwte, the gradient of the mean loss over all targets that count is added to it and
+    returned as dx. Works in blocks of rows, so the (N, V) logits never exist whole.
     """
-    counted = targets != IGNORE
-    dout = counted.astype(x.dtype) / max(int(counted.sum()), 1)
-    losses = np.empty(len(x), x.dtype)
-    dx = None if d is None else np.empty_like(x)
-    for start in range(0, len(x), HEAD_ROWS):
-        rows = slice(start, start + HEAD_ROWS)
-        logits = x[rows] @ p.wte.T  # (HEAD_ROWS, V)
+    is_counted = targets != IGNORE_INDEX
+    dlosses = is_counted.astype(x.dtype) / max(int(is_counted.sum()), 1)
+    losses, dx = np.empty(len(x), x.dtype), None if dwte is None else np.empty_like(x)
+    for start in range(0, len(x), LM_HEAD_ROWS):
+        rows = slice(start, start + LM_HEAD_ROWS)
+        logits = x[rows] @ wte.T
         losses[rows], cache = cross_entropy(logits, targets[rows])
-        if dx is not None:
-            dlogits = cross_entropy_backward(dout[rows], cache)
-            for first in range(0, len(d.wte), HEAD_IDS):  # a product as large as wte is not made
-                ids = slice(first, first + HEAD_IDS)
-                d.wte[ids] += dlogits[:, ids].T @ x[rows]
-            dx[rows] = dlogits @ p.wte
+        if dwte is not None and dx is not None:
+            dlogits = cross_entropy_backward(dlosses[rows], cache)
+            accumulate_matmul(dwte, dlogits.T, x[rows])
+            dx[rows] = dlogits @ wte
     return losses, dx
 
 
-def token_losses(params: Params, tokens: Ids, targets: Ids) -> Float[ndarray, "*B T"]:
+def token_losses(params: Params, tokens: ArrayLike, targets: ArrayLike) -> Float[ndarray, "*B T"]:
     """Return -log P(target | tokens up to it), in nats: (T,) -> (T,), or (B, T) -> (B, T).
 
     It is 0 where the target is -1. Raises ValueError for ids that the model cannot take.
     """
     tokens, flat_targets = check_targets(params.config, tokens, targets)
     x = transformer(params, tokens)
-    losses, _ = head(as_rows(x), params, flat_targets)
+    losses, _ = lm_head_loss(as_rows(x), params.wte, flat_targets)
     return losses.reshape(np.shape(targets))
 
 
 def loss_and_grads(
-    params: Params,
-    tokens: Ids,
-    targets: Ids,
-    grads: Params | None = None,
-    done: Callable[[int], None] = lambda layer: None,
+    params: Params, tokens: ArrayLike, targets: ArrayLike, grads: Params | None = None
 ) -> tuple[float, Params]:
     """Return the mean cross-entropy in nats a token, and its gradient, a Params like `params`.
 
-    tokens and targets are (T,) or (B, T); a target of -1 takes no part. With `grads`, the gradient
-    is added to it, so that several batches accumulate; `done(i)` is called when those of layer i
-    are whole, the last layer first. Raises ValueError as `forward` does, or for targets of another
-    shape, outside the vocabulary, or all -1.
+    tokens and targets are (T,) or (B, T); targets of -1 do not count. With `grads`, the gradient
+    is added to it, so that several batches accumulate. Raises ValueError as `forward` does, or for
+    targets of another shape, outside the vocabulary, or all -1.
     """
     tokens, targets = check_targets(params.config, tokens, targets)
-    if grads is None:
-        grads = Params(params.config, np.zeros_like(params.flat))
-    caches: list = []
-    x = transformer(params, tokens, caches=caches)
-    losses, dx = head(as_rows(x), params, targets, grads)
-    transformer_backward(dx.reshape(x.shape), caches, params, grads, done)
-    return float(losses.sum(dtype=np.float64) / np.sum(targets != IGNORE)), grads
+    grads = params.zeros_like() if grads is None else grads
+    caches: Caches = {}
 
+    def keep(name: str, x: Stream, cache: Any) -> Stream:
+        caches[name] = cache
+        return x
 
-def check_targets(
-    config: Config, tokens: Ids, targets: Ids
-) -> tuple[Integer[ndarray, "B T"], Integer[ndarray, " B*T"]]:
-    """Return tokens (B, T) and targets (B * T,); raise ValueError where they do not fit."""
-    tokens, found = check_tokens(config, tokens), np.shape(tokens)
-    targets = np.asarray(targets)
-    if targets.shape != found or targets.dtype.kind not in "iu":
-        raise ValueError(f"targets of shape {targets.shape} for tokens of shape {found}")
-    if targets.min() < IGNORE or targets.max() >= config.n_vocab:
-        bad = targets.min() if targets.min() < IGNORE else targets.max()
-        raise ValueError(f"target {bad} is outside the vocabulary of {config.n_vocab}")
-    if (targets == IGNORE).all():
-        raise ValueError("every target is -1: there is no loss to take the mean of")
-    return tokens, targets.ravel()
+    x = transformer(params, tokens, hook=keep)
+    losses, dx = lm_head_loss(as_rows(x), params.wte, targets, grads.wte)
+    transformer_backward(dx.reshape(x.shape), caches, params, grads)  # type: ignore
+    return float(losses.sum(dtype=np.float64) / np.sum(targets != IGNORE_INDEX)), grads
 
 
 # ----------------------------------------------------------------------------------------------
@@ -620,205 +508,185 @@ def check_targets(
 class KVCache:
     """The keys and values of the tokens read so far, so that each token is computed once.
 
-    Incremental inference is described in Shazeer 2019, arXiv:1911.02150.
-    `layers` (L, 2, B, H, n_ctx, D) is allocated at the start and filled from position 0 up;
-    `length` (B,) counts the tokens in each row, which need not be equal. It takes
-    8 B n_ctx n_layer n_embd bytes in float32: 75 MB a row for 124M, touched only as it fills.
+    `buffer` (L, 2, B, H, n_ctx, D) holds keys and values of every layer, `length` (B,) the number
+    of tokens in each row; rows may differ. In float32 it takes 8 B n_ctx n_layer n_embd bytes, 75
+    MB a row for 124M, and touches them only as it fills. Shazeer 2019, arXiv:1911.02150.
     """
 
     def __init__(self, config: Config, batch_size: int = 1, dtype: DTypeLike = np.float32) -> None:
-        c = config
-        shape = (c.n_layer, 2, batch_size, c.n_head, c.n_ctx, c.n_embd // c.n_head)
-        self.layers = np.zeros(shape, dtype)
+        shape = (2, batch_size, config.n_head, config.n_ctx, config.n_embd // config.n_head)
+        self.buffer = np.zeros((config.n_layer, *shape), dtype)
         self.length = np.zeros(batch_size, int)
+
+    def layer(self, i: int) -> Past:
+        """Return the keys and values of layer i."""
+        return Past(*self.buffer[i])
 
     def row(self, b: int) -> KVCache:
         """Return row b as a KVCache of batch size 1 that shares this one's memory."""
         row = copy.copy(self)
-        row.layers = self.layers[:, :, b : b + 1]
-        row.length = self.length[b : b + 1]
+        row.buffer, row.length = self.buffer[:, :, b : b + 1], self.length[b : b + 1]
         return row
 
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` a copy of row `source`."""
         n = self.length[target] = self.length[source]
-        self.layers[:, :, target, :, :n] = self.layers[:, :, source, :, :n]
+        self.buffer[:, :, target, :, :n] = self.buffer[:, :, source, :, :n]
 
 
-def remember(
-    past: Float[ndarray, "2 B H n_ctx D"],
-    k: Float[ndarray, "B H T D"],
-    v: Float[ndarray, "B H T D"],
-    positions: Integer[ndarray, "B T"],
-) -> tuple[Float[ndarray, "B H S D"], Float[ndarray, "B H S D"]]:
-    """Write k, v (B, H, T, D) into `past` (2, B, H, n_ctx, D); return all so far, (B, H, S, D).
+class Past(NamedTuple):
+    """A layer of a KVCache: keys and values (B, H, n_ctx, D), filled from position 0 up."""
 
-    S is the length of the longest row; what a shorter row has there is later than its queries, and
-    so hidden from them.
-    """
-    T, S = positions.shape[1], positions[:, -1].max() + 1
-    for b, start in enumerate(positions[:, 0]):
-        past[0, b, :, start : start + T] = k[b]
-        past[1, b, :, start : start + T] = v[b]
-    return past[0, :, :, :S], past[1, :, :, :S]
+    keys: Float[ndarray, "B H n_ctx D"]
+    values: Float[ndarray, "B H n_ctx D"]
+
+    def update(self, k: Heads, v: Heads, positions: Tokens) -> tuple[Keys, Keys]:
+        """Write k, v (B, H, T, D) at `positions`; return all keys and values, (B, H, S, D).
+
+        S is the length of the longest row. What lies beyond the end of a shorter row is masked as
+        the future.
+        """
+        T, S = positions.shape[1], positions[:, -1].max() + 1
+        for b, start in enumerate(positions[:, 0]):
+            self.keys[b, :, start : start + T] = k[b]
+            self.values[b, :, start : start + T] = v[b]
+        return self.keys[:, :, :S], self.values[:, :, :S]
 
 
 # ----------------------------------------------------------------------------------------------
 # Sampling and generation
 
 
-def distribution(
-    logits: Float[ndarray, " V"],
+def next_token_probs(
+    logits: Logits,
     temperature: SupportsFloat = 1.0,
-    top_k: SupportsIndex | None = None,
+    top_k: int | None = None,
     top_p: SupportsFloat | None = None,
 ) -> tuple[Integer[ndarray, " N"], Float[ndarray, " N"]]:
     """Return the ids that may follow and their probabilities: logits (V,) -> ids (N,), probs (N,).
 
-    That is softmax(logits / temperature), of which top_k keeps only the k most probable ids (Fan et
-    al. 2018, arXiv:1805.04833), top_p the fewest that have a probability of p together (Holtzman et
-    al. 2019, arXiv:1904.09751); of equal logits the lower id counts as the more probable, as in
-    argmax, which alone is left at temperature 0. probs is float64 and sums to 1. With top_k or
-    top_p the most probable id comes first, without them ids is 0..V-1.
+    The probabilities are softmax(logits / temperature), in float64. top_k keeps the k most probable
+    ids (Fan et al. 2018, arXiv:1805.04833), top_p the fewest whose probabilities reach p together
+    (Holtzman et al. 2019, arXiv:1904.09751); the most probable id is then the first. Of equal
+    logits the lower id counts as the more probable, as in argmax. Temperature 0 leaves argmax only.
     """
     if temperature == 0:
         return np.array([logits.argmax()]), np.ones(1)
-    logits = logits.astype(np.float64)  # so that no small probability is rounded away
+    logits = logits.astype(np.float64)  # so that small probabilities are not rounded away
     ids = np.arange(len(logits))
     if top_k is not None or top_p is not None:
         ids = np.argsort(-logits, kind="stable")[:top_k]
-    with np.errstate(over="ignore"):  # a tiny temperature: all but the best become -inf, exp to 0
+    with np.errstate(over="ignore"):  # a tiny temperature makes all but the best -inf, exp of it 0
         probs = softmax((logits[ids] - logits.max()) / temperature)
     if top_p is not None:
         cumulative = probs.cumsum()
-        n_kept = np.searchsorted(cumulative, top_p * cumulative[-1]) + 1  # the one that crosses p
+        n_kept = np.searchsorted(cumulative, top_p * cumulative[-1]) + 1  # up to the one over p
         ids, probs = ids[:n_kept], probs[:n_kept] / cumulative[n_kept - 1]
     return ids, probs
 
 
 def sample(
-    logits: Float[ndarray, " V"],
+    logits: Logits,
     rng: Generator,
     temperature: SupportsFloat = 0.0,
-    top_k: SupportsIndex | None = None,
+    top_k: int | None = None,
     top_p: SupportsFloat | None = None,
 ) -> int:
-    """Draw an id from `distribution`: logits (V,) -> int. `rng` is a numpy.random.Generator."""
-    ids, probs = distribution(logits, temperature, top_k, top_p)
+    """Draw an id from `next_token_probs`: logits (V,) -> int."""
+    ids, probs = next_token_probs(logits, temperature, top_k, top_p)
     if temperature == 0:
         return int(ids[0])
-    # The first id whose cumulative probability exceeds a point below the total: never one of
-    # probability 0, since that adds nothing to the cumulative probability before it.
+    # The first id whose cumulative probability exceeds a random point below the total. An id of
+    # probability 0 is never drawn, since it adds nothing to the sum before it.
     cumulative = probs.cumsum()
     point = rng.random() * cumulative[-1]
     last = np.searchsorted(cumulative, cumulative[-1])
     return int(ids[min(np.searchsorted(cumulative, point, side="right"), last)])
 
 
-def penalise(
-    logits: Float[ndarray, " V"], ids: Sequence, penalty: SupportsFloat
-) -> Float[ndarray, " V"]:
-    """Return logits (V,) with those of `ids` made less probable by `penalty` > 1.
+def apply_repetition_penalty(logits: Logits, ids: Sequence[int], penalty: SupportsFloat) -> Logits:
+    """Return logits (V,) with those of `ids` lowered by a penalty > 1.
 
-    Positive logits are divided by it and negative ones multiplied (Keskar et al. 2019,
+    Divides positive logits by it and multiplies negative ones (Keskar et al. 2019,
     arXiv:1909.05858, as widely implemented).
     """
+    if penalty == 1:
+        return logits
     logits, old = logits.copy(), logits[ids]
     logits[ids] = np.where(old > 0, old / penalty, old * penalty)
     return logits
 
 
 def generate(
-    params,
-    tokens,
-    n_tokens,
-    temperature=0.0,
-    top_k=None,
-    top_p=None,
-    seed=None,
-    repetition_penalty=1.0,
-    eot="last",
-    n_vocab=None,
-    watch=None,
-):
+    params: Params,
+    tokens: Prompt | Sequence[Prompt],
+    n_tokens: int,
+    temperature: SupportsFloat = 0.0,
+    top_k: int | None = None,
+    top_p: SupportsFloat | None = None,
+    seed: int | None = None,
+    repetition_penalty: SupportsFloat = 1.0,
+    eot: int | Literal["last"] | None = "last",
+    n_vocab: int | None = None,
+) -> Iterator[int] | Iterator[list[int]]:
     """Return an iterator over the ids that follow `tokens`, n_tokens at most.
 
-    `tokens` is one prompt, ids (T,), and each item an int; it ends before the end-of-text id. Or
-    it is a list of prompts, of any lengths, and each item a list of one id for each; a prompt that
-    has reached end-of-text goes on giving that id until all have. Each prompt gives what it gives
-    alone: prompt number b draws its samples from numpy's default_rng(seed + b). An empty prompt
-    starts from end-of-text. Past n_ctx the model re-reads the last half of the window and goes on.
+    `tokens` is a prompt, ids (T,), and each item an int; the iterator ends before the end-of-text
+    id. Or `tokens` is a list of prompts of any lengths, and each item a list of one id for each; a
+    prompt that has reached end-of-text gives that id until all have. An empty prompt starts from
+    end-of-text. Each prompt gives what it gives alone: prompt b draws from numpy's
+    default_rng(seed + b). At n_ctx the model re-reads the last half of the window and goes on.
 
-    `eot` is the end-of-text id: by default the last of the vocabulary, as in GPT-2; None if there
-    is none, and then a prompt must not be empty. `n_vocab` leaves out the ids from there on, which
-    a model may have and its tokenizer not. `watch(b, logits, id)`, if given, is called for every id
-    drawn for prompt number b, the end-of-text id too, with the logits it was drawn from: penalised,
-    and without the ids left out. See `distribution` and `penalise` for the rest.
+    `eot` is the end-of-text id, by default the last of the vocabulary, as in GPT-2; None if there
+    is none. `n_vocab` leaves out the ids from there on, which a tokenizer may lack. See
+    `next_token_probs` and `apply_repetition_penalty` for the sampling parameters.
     Raises ValueError for a prompt longer than n_ctx, ids outside the vocabulary, or a sampling
     parameter out of range.
     """
     check_sampling(temperature, top_k, top_p, repetition_penalty)
-    if n_tokens < 0:
-        raise ValueError(f"n_tokens = {n_tokens} is negative")
-    config = params.config
-    eot = config.n_vocab - 1 if eot == "last" else eot
-    single = all(np.ndim(token) == 0 for token in tokens)
-    if not single and any(np.ndim(prompt) != 1 for prompt in tokens):
-        raise ValueError("tokens are neither one list of ids nor a list of such lists")
-    start = [] if eot is None else [eot]
-    prompts = [list(prompt) or start.copy() for prompt in ([tokens] if single else tokens)]
-    for prompt in prompts:
-        if not prompt:
-            raise ValueError("the prompt is empty, and there is no end-of-text token to start from")
-        if len(prompt) > config.n_ctx:
-            raise ValueError(f"prompt of {len(prompt)} tokens exceeds n_ctx = {config.n_ctx}")
-        check_tokens(config, prompt)
-
-    seeds = [None if seed is None else seed + b for b in range(len(prompts))]
-    rngs = [np.random.default_rng(seed) for seed in seeds]
-
-    def choose(b, logits):
-        logits = logits[:n_vocab]
-        if repetition_penalty != 1:
-            logits = penalise(logits, prompts[b], repetition_penalty)
-        id = sample(logits, rngs[b], temperature, top_k, top_p)
-        if watch is not None:
-            watch(b, logits, id)
-        return id
-
-    steps = generate_batch(params, prompts, n_tokens, choose, eot)
-    return (ids[0] for ids in steps) if single else steps
+    eot = params.config.n_vocab - 1 if eot == "last" else eot
+    prompts, is_single = check_prompts(params.config, tokens, n_tokens, eot)
+    sampling = temperature, top_k, top_p, seed, repetition_penalty
+    steps = (ids for ids, _ in decode(params, prompts, n_tokens, *sampling, eot, n_vocab))
+    going = itertools.takewhile(lambda ids: any(id != eot for id in ids), steps)
+    return (ids[0] for ids in going) if is_single else going
 
 
-def check_sampling(temperature, top_k, top_p, repetition_penalty):
-    """Raise ValueError, with value and limit, for a sampling parameter out of its range."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature = {temperature} is not a finite number of 0 or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k = {top_k} is not 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p} is not over 0 and at most 1")
-    if not 0 < repetition_penalty < math.inf:
-        raise ValueError(f"repetition_penalty = {repetition_penalty} is not a finite number over 0")
+def decode(
+    params: Params,
+    prompts: list[list[int]],
+    n_tokens: int,
+    temperature: SupportsFloat = 0.0,
+    top_k: int | None = None,
+    top_p: SupportsFloat | None = None,
+    seed: int | None = None,
+    repetition_penalty: SupportsFloat = 1.0,
+    eot: int | None = None,
+    n_vocab: int | None = None,
+) -> Iterator[tuple[list[int], list[Logits]]]:
+    """Yield, for each new token, an id for each prompt, and the logits that each was drawn from.
 
-
-def generate_batch(params, prompts, n_tokens, choose, eot):
-    """Yield lists of one id for each prompt, appended to it, chosen by `choose(b, logits)`."""
-    kv = KVCache(params.config, len(prompts), params.flat.dtype)
-    histories = prompts
-    logits = prefill(params, prompts, kv)  # (B, V)
+    The loop of `generate`, whose parameters these are; it ends after the step in which every prompt
+    is at its end-of-text id. The prompts are not empty.
+    """
+    texts = [list(prompt) for prompt in prompts]
+    rngs = [np.random.default_rng(None if seed is None else seed + b) for b in range(len(texts))]
+    kv = KVCache(params.config, len(texts), params.flat.dtype)
     for n in range(n_tokens):
-        for b, history in enumerate(histories):
-            ended = n > 0 and history[-1] == eot
-            history.append(eot if ended else choose(b, logits[b]))
-        if all(history[-1] == eot for history in histories):
+        logits = decode_step(params, texts, kv) if n else prefill(params, texts, kv)  # (B, V)
+        allowed, ids = [], []
+        for text, row, rng in zip(texts, logits[:, :n_vocab], rngs, strict=True):
+            row = apply_repetition_penalty(row, text, repetition_penalty)
+            ended = n > 0 and text[-1] == eot
+            ids.append(text[-1] if ended else sample(row, rng, temperature, top_k, top_p))
+            allowed.append(row)
+            text.append(ids[-1])
+        yield ids, allowed
+        if all(id == eot for id in ids):
             return
-        yield [history[-1] for history in histories]
-        if n + 1 < n_tokens:
-            logits = step(params, histories, kv)
 
 
-def prefill(params: Params, prompts: list[list], kv: KVCache) -> Float[ndarray, "B V"]:
+def prefill(params: Params, prompts: list[list[int]], kv: KVCache) -> Float[ndarray, "B V"]:
     """Read each prompt into its row of the cache; return the logits (B, V) after its last token.
 
     A prompt that occurs again is read once.
@@ -828,204 +696,46 @@ def prefill(params: Params, prompts: list[list], kv: KVCache) -> Float[ndarray, 
     for b, prompt in enumerate(prompts):
         a = first.setdefault(tuple(prompt), b)
         if a == b:
-            logits.append(last_logits(params, np.array([prompt]), kv.row(b))[0])
+            logits.append(next_token_logits(params, np.array([prompt]), kv.row(b))[0])
         else:
             kv.copy_row(a, b)
             logits.append(logits[a])
     return np.stack(logits)
 
 
-def step(params: Params, histories: list[list], kv: KVCache) -> Float[ndarray, "B V"]:
+def decode_step(params: Params, texts: list[list[int]], kv: KVCache) -> Float[ndarray, "B V"]:
     """Read the newest token of each row; return the logits (B, V) after it.
 
     A full row is first read anew from the last n_ctx / 2 of its tokens.
     """
     for b in np.flatnonzero(kv.length == params.config.n_ctx).tolist():
         kv.length[b] = 0
-        recent = histories[b][-max(params.config.n_ctx // 2, 1) : -1]
+        recent = texts[b][-max(params.config.n_ctx // 2, 1) : -1]
         if recent:
             transformer(params, np.array([recent]), kv.row(b))
-    return last_logits(params, np.array([history[-1:] for history in histories]), kv)
+    return next_token_logits(params, np.array([text[-1:] for text in texts]), kv)
 
 
-def last_logits(
-    params: Params, tokens: Integer[ndarray, "B T"], kv: KVCache
-) -> Float[ndarray, "B V"]:
-    """Logits after the last of tokens (B, T) only -> (B, V): a prompt's others are not needed."""
-    return times(transformer(params, tokens, kv)[:, -1], params.wte)
+def next_token_logits(params: Params, tokens: Tokens, kv: KVCache) -> Float[ndarray, "B V"]:
+    """Return the logits (B, V) after the last of tokens (B, T) only: a prompt needs no others."""
+    return matmul(transformer(params, tokens, kv)[:, -1], params.wte.T)
+
+
+def load(name: str | Path = "124M", models_dir: str | Path = hub.MODELS_DIR) -> Params:
+    """Return the Params of a model's name, folder or model.bin, memory-mapped and read-only.
+
+    One of OpenAI's models (124M, 355M, 774M, 1558M) that is not in models_dir yet is downloaded.
+    Raises FileNotFoundError for an unknown name, ValueError for a damaged file.
+    """
+    return load_params(hub.find_model(name, models_dir))
 
 
 # ----------------------------------------------------------------------------------------------
 # The command line
 
 
-def load(name: str | Path = "124M", models_dir: str | Path = hub.MODELS_DIR) -> Params:
-    """Return the Params, memory-mapped and read-only, of a model's name, folder or model.bin.
-
-    One of OpenAI's models (124M, 355M, 774M, 1558M) that is not in models_dir yet is downloaded.
-    Raises FileNotFoundError for an unknown name, ValueError for a damaged file.
-    """
-    return llmc.load_params(hub.find_model(name, models_dir))
-
-
-class TextStream:
-    """Turns ids into text that can be shown at once, until end-of-text or a stop string.
-
-    It holds back bytes that are not yet a whole character, and text that the ids to come may make
-    into one of `stops`. `feed(id)` and `flush()` return what is ready; `done` is True at the end.
-    """
-
-    def __init__(self, enc, stops=()):
-        self.enc, self.stops, self.done = enc, stops, False
-        self.decoder, self.held = enc.stream(), ""
-
-    def feed(self, id):
-        """Return the text, possibly none, that is ready after one more id."""
-        if self.done or id == self.enc.eot:
-            return self.flush()
-        return self._release(self.decoder.feed(id))
-
-    def flush(self):
-        """Return the text that was held back; there will be no more."""
-        text = "" if self.done else self._release(self.decoder.flush()) + self.held
-        self.held, self.done = "", True
-        return text
-
-    def _release(self, text):
-        self.held += text
-        starts = [(stop, self.held.find(stop)) for stop in self.stops]
-        found = [(at + len(stop), at) for stop, at in starts if at >= 0]
-        if found:  # the one that ends first, however the text came in tokens
-            text, self.held, self.done = self.held[: min(found)[1]], "", True
-            return text
-        begun = max((overlap(self.held, stop) for stop in self.stops), default=0)
-        ready = len(self.held) - begun
-        text, self.held = self.held[:ready], self.held[ready:]
-        return text
-
-
-def overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that `stop` begins with."""
-    lengths = range(min(len(text), len(stop)), 0, -1)
-    return next((n for n in lengths if text.endswith(stop[:n])), 0)
-
-
-def generate_texts(params, enc, ids, args, times, rows):
-    """Yield, token by token, a list of the text that each sample goes on with.
-
-    `times` receives the moment at which each token is there, after that of the start; rows[b], with
-    --explain, a line about each token of sample b.
-    """
-    streams = [TextStream(enc, args.stop) for _ in range(args.n_samples)]
-    sampling = {name: getattr(args, name) for name in SAMPLING}
-    sampling |= {"seed": args.seed, "eot": enc.eot, "n_vocab": enc.n_vocab}
-
-    def watch(b, logits, id):
-        if not streams[b].done:
-            rows[b].append(explain(enc, logits, id, args))
-
-    if args.explain:
-        sampling["watch"] = watch
-    prompts = [ids] * args.n_samples
-    times.append(time.perf_counter())
-    for step_ids in generate(params, prompts, args.n_tokens, **sampling):
-        times.append(time.perf_counter())
-        yield [stream.feed(id) for stream, id in zip(streams, step_ids, strict=True)]
-        if all(stream.done for stream in streams):
-            return
-    yield [stream.flush() for stream in streams]
-
-
-def explain(enc, logits, id, args):
-    """Return a line: the id drawn, its probability, then the most probable ids that it could be.
-
-    They are the probabilities that `sample` drew from, but at temperature 0, where that leaves one
-    id, those of temperature 1. The line is as long as the terminal is wide.
-    """
-    limits = (args.temperature, args.top_k, args.top_p) if args.temperature else ()
-    ids, probs = distribution(logits, *limits)
-    n_shown = max(1, (shutil.get_terminal_size().columns - 19) // 20)
-    shown = [*np.flatnonzero(ids == id), *np.argsort(-probs, kind="stable")[:n_shown]]
-    drawn, *others = (f"{show_token(enc, ids[i])} {show_percent(probs[i]):>6}" for i in shown)
-    return f"{drawn} | {'  '.join(others)}"
-
-
-def show_token(enc, id, width=11):
-    r"""Return a token as Python would write it, filled or cut to `width`: ' cat', '\n', b'\xe2'."""
-    try:
-        text = repr(enc.tokens[id].decode())
-    except UnicodeDecodeError:
-        text = repr(enc.tokens[id])  # a part of a character
-    text = "end of text" if id == enc.eot else text
-    while columns(text) > width:
-        text = text.removesuffix("…")[:-1] + "…"
-    return text + " " * (width - columns(text))
-
-
-def columns(text):
-    """Return the width of a text in a terminal, where Chinese, say, takes two columns a letter."""
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
-
-
-def show_percent(p):
-    """Return a probability in percent; neither 0 nor 100 unless it is that exactly."""
-    if 0 < p < 0.0005:
-        return "<0.1%"
-    return ">99.9%" if 0.9995 <= p < 1 else f"{p:.1%}"
-
-
-def write_samples(params, enc, ids, args):
-    """Continue a prompt, and write the text to standard output.
-
-    A single sample is written as it is made, but with --explain after the lines about its tokens,
-    which go to standard error.
-    """
-    texts, times = [], []
-    header = "drawn              | most probable" + (" at temperature 1" * (not args.temperature))
-    rows = [[header] if args.explain else [] for _ in range(args.n_samples)]
-    live = args.n_samples == 1 and not args.explain
-    for pieces in generate_texts(params, enc, ids, args, times, rows):
-        texts.append(pieces)
-        if live:
-            print(pieces[0], end="", flush=True)
-        elif args.n_samples == 1:
-            print_rows(rows[0])
-    if live:
-        print()
-    for b in range(0 if live else args.n_samples):
-        if args.n_samples > 1:
-            print(f"--- sample {b + 1} of {args.n_samples} ---", file=sys.stderr, flush=True)
-        print_rows(rows[b])
-        print("".join(pieces[b] for pieces in texts), flush=True)
-    if args.stats:
-        print_stats(max(1, len(ids)), args.n_samples, times)
-
-
-def print_rows(rows):
-    """Write lines to standard error, and forget them."""
-    for row in rows:
-        print(row, file=sys.stderr, flush=True)
-    rows.clear()
-
-
-def print_stats(n_prompt: int, n_samples: int, times: list[float]) -> None:
-    """Report the speed of reading the prompt and of the tokens after the first one."""
-    if len(times) == 1:
-        print("no token was generated: the text was at its end", file=sys.stderr)
-        return
-    prefill, decode, n = times[1] - times[0], times[-1] - times[1], (len(times) - 2) * n_samples
-    text = f"prefill: {n_prompt} tokens in {prefill:.3f} s, {n_prompt / prefill:.1f} tokens/s"
-    if n:
-        text += f"; decode: {n} tokens in {decode:.3f} s, {n / decode:.1f} tokens/s"
-    print(text, file=sys.stderr)
-    print(f"BLAS: {blas.kernels()} kernels, threads: {blas.get_threads()}", file=sys.stderr)
-
-
-SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
-
-
-def parse_args(argv=None):
-    """Parse the command line; exit with status 2 and one line for a bad argument."""
+def make_parser() -> cli.ArgumentParser:
+    """Return the parser of the command line."""
     parser = cli.ArgumentParser(
         prog="gpt2.py",
         usage="%(prog)s [PROMPT] [flags]",
@@ -1065,63 +775,63 @@ def parse_args(argv=None):
     add("--explain", action="store_true", help="a line for each token: its probability, and the "
         "most probable ones, as it was drawn from; at temperature 0, those of 1")  # fmt: skip
     add("--stats", action="store_true", help="the speed of reading and of writing")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exit with status 2 and one line for a bad argument."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     try:
-        check_sampling(*(getattr(args, name) for name in SAMPLING))
+        check_sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     except ValueError as error:
         parser.error(f"argument --{error}")
     if args.seed is not None and args.seed < 0:
         parser.error(f"argument --seed: {args.seed} is negative")
     if "" in args.stop:
         parser.error("argument --stop: the empty text would stop at once")
-    return args, parser
+    args.error = parser.error
+    return args
 
 
-def read_prompts(args):
-    """Yield the prompts: the argument, or standard input, whole or (--interactive) line by line."""
-    if args.prompt == "-":
-        yield sys.stdin.read()
-    elif args.prompt or not args.interactive:
-        yield args.prompt
-    while args.interactive:
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        yield line.rstrip("\r\n")
+def write_samples(params: Params, enc: Encoder, ids: list[int], args: argparse.Namespace) -> None:
+    """Continue a prompt, and write the text to standard output as `streaming` shows it."""
+    prompts, _ = check_prompts(params.config, [ids] * args.n_samples, args.n_tokens, enc.eot)
+    limits = args.temperature, args.top_k, args.top_p
+    sampling = *limits, args.seed, args.repetition_penalty, enc.eot, enc.n_vocab
+
+    def probs(logits: Logits) -> tuple[ndarray, ndarray]:  # temperature 0 would leave one id
+        return next_token_probs(logits, *(limits if args.temperature else ()))
+
+    steps = decode(params, prompts, args.n_tokens, *sampling)
+    streaming.write_samples(steps, enc, args, probs if args.explain else None, len(prompts[0]))
 
 
-def check_tokenizer(name: str | Path, params: Params, enc: encoder.Encoder) -> None:
-    """Raise ValueError if a tokenizer has ids that the model `name` does not know."""
-    if enc.n_vocab > params.config.n_vocab:
-        found = f"{enc.n_vocab} tokens, the model only {params.config.n_vocab}"
-        raise ValueError(f"{name}: the tokenizer has {found}: they do not belong together")
-
-
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Run the command line: `python gpt2.py --help`."""
-    args, parser = parse_args(argv)
+    import encoder
+
+    args = parse_args(argv)
     if args.model is None:
         path = hub.find_default_model(args.models_dir)
     else:
         path = hub.find_model(args.model, args.models_dir)
-    params = llmc.load_params(path)
+    params = load_params(path)
     enc = encoder.load(path if path.is_dir() else path.parent)
-    check_tokenizer(path, params, enc)
+    check_tokenizer(path, params.config, enc.n_vocab)
     n_ctx = params.config.n_ctx
-    for prompt in read_prompts(args):
+    for prompt in streaming.read_prompts(args):
         ids = enc.encode(prompt)
         if len(ids) <= n_ctx:
             write_samples(params, enc, ids, args)
             continue
         message = f"prompt of {len(ids)} tokens exceeds n_ctx = {n_ctx}"
         if not args.interactive:
-            parser.error(message)
-        messages.info(message)
+            args.error(message)
+        info(message)
 
 
-def command():
+def command() -> None:
     """Run the installed command `gpt2`."""
     cli.run(main)
 

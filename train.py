@@ -29,6 +29,7 @@ import numpy as np
 import encoder
 import gpt2
 from gpt2_support import checkpoint, cli, datasets, hub, train_cli
+from gpt2_support.checks import check_tokenizer
 from gpt2_support.data_parallel import (
     DataParallel,
     blas_threads,
@@ -376,14 +377,14 @@ def window_losses(
     for i in range(0, len(starts), batch_size):
         group = starts[i : i + batch_size]
         x = np.zeros((len(group), seq_len), np.int64)
-        y = np.full_like(x, gpt2.IGNORE)
+        y = np.full_like(x, gpt2.IGNORE_INDEX)
         for row, start in enumerate(group):
             window = tokens[start : start + seq_len + 1]
             x[row, : len(window) - 1] = window[:-1]
             y[row, : len(window) - 1] = window[1:]
             if start > 0:
-                y[row, :overlap] = gpt2.IGNORE  # counted in the window before
-        yield gpt2.token_losses(params, x, y)[y != gpt2.IGNORE]
+                y[row, :overlap] = gpt2.IGNORE_INDEX  # counted in the window before
+        yield gpt2.token_losses(params, x, y)[y != gpt2.IGNORE_INDEX]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -559,7 +560,7 @@ def make_state(args: Namespace, enc: Encoder) -> TrainState:
     else:
         loaded = gpt2.load(args.init, args.models_dir)
         params = Params(loaded.config, loaded.flat.copy())
-        gpt2.check_tokenizer(args.init, params, enc)
+        check_tokenizer(args.init, params.config, enc.n_vocab)
     shard = args.group.shard(params.flat.size) if args.shard else None
     return TrainState(params, make_config(args, params.config), optimizer=AdamW(params, shard))
 
@@ -583,7 +584,7 @@ def train_command(args: Namespace) -> None:
                 enc.save(folder / "tokenizer.bin")
     workers = DataParallel(gpt2.loss_and_grads, params, config.threads, group)
     seconds = workers.time_step(params, loader.batch(0)) * config.grad_accum
-    train_cli.describe(state, len(tokens), seconds, gpt2.HEAD_ROWS)
+    train_cli.describe(state, len(tokens), seconds, gpt2.LM_HEAD_ROWS)
     train(state, loader, val_tokens[: config.eval_tokens], enc, out, workers)
     if state.step < config.steps:
         train_cli.say_stopped(state.step, args)
@@ -595,7 +596,7 @@ def eval_command(args: Namespace) -> None:
     """Print how well --init predicts --data."""
     params = gpt2.load(args.init, args.models_dir)
     enc = find_tokenizer(args)
-    gpt2.check_tokenizer(args.init, params, enc)
+    check_tokenizer(args.init, params.config, enc.n_vocab)
     tokens = datasets.read_tokens(args.data, enc, args.docs, encoder.encode_files)
     seq_len = args.seq_len or params.config.n_ctx
     stride = args.stride or seq_len

@@ -1,43 +1,51 @@
-"""OpenBLAS: kernels and threads; products and loops that use all cores; memory settings."""
+"""OpenBLAS: its kernels and threads, products and loops that use all cores, memory settings.
+
+Importing this module chooses OpenBLAS's settings, so it comes before NumPy.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     from collections.abc import Callable
+    from typing import Any
 
+    from jaxtyping import Float
     from numpy import ndarray
 
-    Buffer = bytes | bytearray | memoryview | ndarray
+# ----------------------------------------------------------------------------------------------
+# Settings
 
 
-def configure_openblas(cpuinfo="/proc/cpuinfo"):
-    """Set what OpenBLAS reads when NumPy loads it, unless the user has: its kernels, its patience.
+def configure_openblas(cpuinfo: str | Path = "/proc/cpuinfo") -> None:
+    """Set what OpenBLAS reads when NumPy loads it: kernels, and how long idle threads spin.
 
-    Threads that wait for work keep a core busy for 2**20 cycles, 0.4 ms, instead of 2**26: in that
-    time other threads have use for it. And an AMD CPU that it may be too old to know gets AVX-512
-    kernels: OpenBLAS 0.3.31 runs Zen 5 at half its speed, with AVX2. OPENBLAS_CORETYPE set to
-    nothing leaves that choice to OpenBLAS.
+    The user's own settings stay. Idle threads spin for 2**20 cycles (0.4 ms) instead of 2**26,
+    because they keep a core from other threads. Zen 5 gets the AVX-512 kernels: OpenBLAS 0.3.31
+    does not know it and would use those for AVX2, at half the speed. An empty OPENBLAS_CORETYPE
+    leaves the choice to OpenBLAS.
     """
     if "numpy" in sys.modules:
         return
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
     if "OPENBLAS_CORETYPE" in os.environ:
         return
-    with contextlib.suppress(OSError), open(cpuinfo) as file:
-        lines = (line.partition(":") for line in file.read(8192).splitlines())
+    with contextlib.suppress(OSError, ValueError), open(cpuinfo) as file:
+        lines = (line.partition(":") for line in itertools.takewhile(str.strip, file))
         cpu = {name.strip(): value.strip() for name, _, value in lines}
-        zen_5_or_later = cpu.get("vendor_id") == "AuthenticAMD" and int(cpu["cpu family"]) >= 26
+        is_zen_5 = cpu.get("vendor_id") == "AuthenticAMD" and int(cpu.get("cpu family", 0)) >= 26
         needs = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-        if zen_5_or_later and needs <= set(cpu.get("flags", "").split()):
+        if is_zen_5 and needs <= set(cpu.get("flags", "").split()):
             os.environ["OPENBLAS_CORETYPE"] = "SKYLAKEX"
 
 
@@ -47,8 +55,27 @@ import numpy as np  # noqa: E402
 
 
 @functools.cache
-def openblas(function):
-    """Return a function of NumPy's OpenBLAS, "get_num_threads" say; None for another BLAS."""
+def tune_malloc() -> None:
+    """Keep freed memory in the process, where the C library is glibc.
+
+    Returned memory comes back as fresh pages that the system must zero. That costs a tenth to a
+    quarter of a training step, and a third of a first long prompt.
+    """
+    trim_threshold, mmap_threshold, arena_max, gigabyte = -1, -3, -8, 1 << 30  # from malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(arena_max, 1)  # one heap for all threads
+        mallopt(mmap_threshold, gigabyte)
+        mallopt(trim_threshold, -1)  # never
+
+
+# ----------------------------------------------------------------------------------------------
+# OpenBLAS's own functions
+
+
+@functools.cache
+def openblas(function: str) -> Any:
+    """Return a function of NumPy's OpenBLAS, such as "get_num_threads"; None for another BLAS."""
     numpy = Path(np.__file__).parent
     for path in [*numpy.parent.glob("numpy.libs/*openblas*"), *numpy.glob(".dylibs/*openblas*")]:
         library = ctypes.CDLL(str(path))
@@ -58,31 +85,52 @@ def openblas(function):
     return None
 
 
-def get_threads():
-    """Return the number of threads of a matrix product now; 1 if NumPy's BLAS does not tell."""
+def get_threads() -> int:
+    """Return how many threads a matrix product uses now; 1 if NumPy's BLAS does not tell."""
     get = openblas("get_num_threads")
     return get() if get else 1
 
 
-def set_threads(n):
-    """Give a matrix product n threads, where NumPy's BLAS is OpenBLAS."""
-    set_threads = openblas("set_num_threads")
-    if set_threads:
-        set_threads(n)
+def set_threads(n: int) -> None:
+    """Give matrix products n threads, where NumPy's BLAS is OpenBLAS."""
+    set_num_threads = openblas("set_num_threads")
+    if set_num_threads:
+        set_num_threads(n)
 
 
-@contextlib.contextmanager
-def one_thread(then):
-    """Give matrix products one thread within the block, and `then` threads after it."""
-    set_threads(1)
-    try:
-        yield
-    finally:
-        set_threads(then)
+class _OneThread:
+    """The context manager behind `one_thread`: the first to enter sets, the last to leave resets.
+
+    Threads may enter it at the same time: the number of BLAS threads belongs to the whole process.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.n_inside, self.before = threading.Lock(), 0, 1
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.n_inside == 0:
+                self.before = get_threads()
+                set_threads(1)
+            self.n_inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.n_inside -= 1
+            if self.n_inside == 0:
+                set_threads(self.before)
 
 
-def kernels():
-    """Return the name of the kernels that NumPy's OpenBLAS uses on this CPU, "SkylakeX" say."""
+_one_thread = _OneThread()
+
+
+def one_thread() -> contextlib.AbstractContextManager[None]:
+    """Give matrix products one thread within a `with` block."""
+    return _one_thread
+
+
+def kernels() -> str:
+    """Return the name of the kernels that NumPy's OpenBLAS uses on this CPU, such as "Zen"."""
     corename = openblas("get_corename")
     if corename is None:
         return "unknown"
@@ -90,57 +138,98 @@ def kernels():
     return corename().decode()
 
 
-def has_small_kernels():
-    """Tell whether NumPy's BLAS has kernels for small matrices, which read them where they are.
+def has_small_kernels() -> bool:
+    """Tell whether NumPy's BLAS has kernels that read small matrices where they are.
 
-    Those of OpenBLAS for AVX-512 do. The others copy a small matrix first, as they do a large one.
+    OpenBLAS's kernels for AVX-512 do. The others first copy every matrix into another order.
     """
     return kernels() in ("SkylakeX", "Cooperlake", "SapphireRapids")
 
 
-WORTH_A_THREAD = 1 << 21  # multiplications: fewer are done before it has woken up
+# ----------------------------------------------------------------------------------------------
+# Loops and products that use all cores
+
+WORTH_A_THREAD = 1 << 21  # multiplications: fewer are done before another thread has woken up
 
 
 def parallel_for(function: Callable[[slice], object], n: int, work: int) -> None:
-    """Call function(part) for slices of range(n), in threads if `work`, multiplications, is large.
+    """Call function(part) for slices of range(n), in threads if `work` is large.
 
-    At most as many threads as BLAS has for a matrix product, this one among them, each with one
-    BLAS thread: for products too small to share, and for what NumPy does on one core.
+    `work` counts multiplications. There are at most as many threads as BLAS uses for a product,
+    the calling one among them, and each has one BLAS thread.
     """
-    n_threads = get_threads()
-    n_parts = max(1, min(n_threads, n, work // WORTH_A_THREAD))
+    n_parts = max(1, min(get_threads(), n, work // WORTH_A_THREAD))
     bounds = [n * i // n_parts for i in range(n_parts + 1)]
     first, *others = map(slice, bounds, bounds[1:])
     if not others:
         function(first)
         return
-    with one_thread(then=n_threads):
-        started = [thread_pool(len(others)).submit(function, part) for part in others]
+    with one_thread():
+        futures = [thread_pool(len(others)).submit(function, part) for part in others]
         function(first)
-        for part in started:
-            part.result()
+        for future in futures:
+            future.result()
 
 
 @functools.cache
-def thread_pool(n):
+def thread_pool(n: int) -> ThreadPoolExecutor:
     """Return n threads that wait for work."""
     return ThreadPoolExecutor(n)
 
 
-if hasattr(os, "register_at_fork"):  # a forked process has no threads but the one that forked
+if hasattr(os, "register_at_fork"):  # a forked process has no thread but the one that forked
     os.register_at_fork(after_in_child=thread_pool.cache_clear)
 
+FEW_ROWS = 32
+STACK = 1 << 18  # multiplications that OpenBLAS's small kernels do at once, in one thread
 
-@functools.cache
-def tune_malloc():
-    """Let the memory that is freed be used again at once, where the C library is glibc.
 
-    It would go back to the system otherwise, and come again as fresh pages that have to be zeroed:
-    a tenth to a quarter of the time of a training step, a third of that of a first long prompt.
+def matmul(a: Float[ndarray, "N I"], b: Float[ndarray, "I O"]) -> Float[ndarray, "N O"]:
+    """Return a @ b, for 2 to 32 rows of `a` by small kernels where OpenBLAS has them.
+
+    BLAS copies b into another order first, which takes longer than the product itself for few rows
+    of `a`. The small kernels do not copy, so they get b a few columns at a time. b is the
+    transpose of a contiguous matrix.
     """
-    trim_threshold, mmap_threshold, arena_max, gigabyte = -1, -3, -8, 1 << 30  # from malloc.h
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(arena_max, 1)  # one heap for all threads
-        mallopt(mmap_threshold, gigabyte)
-        mallopt(trim_threshold, -1)  # never
+    if not 1 < len(a) <= FEW_ROWS or not has_small_kernels():
+        return a @ b
+    w = b.T
+    n = max(1, STACK // a.size)  # rows of w in a small product
+    whole = len(w) // n * n
+    columns, out = np.ascontiguousarray(a.T), np.empty((len(w), len(a)), a.dtype)
+    stack, products = w[:whole].reshape(-1, n, w.shape[1]), out[:whole].reshape(-1, n, len(a))
+
+    def multiply(part: slice) -> None:
+        np.matmul(stack[part], columns, out=products[part])
+
+    parallel_for(multiply, len(stack), work=w.size * len(a))
+    np.matmul(w[whole:], columns, out=out[whole:])
+    return np.ascontiguousarray(out.T)
+
+
+ACCUMULATED_ROWS = 4096
+
+
+def accumulate_matmul(
+    out: Float[ndarray, "M O"], a: Float[ndarray, "M N"], b: Float[ndarray, "N O"]
+) -> None:
+    """out += a @ b, in blocks of rows, so that no temporary is as large as `out`."""
+    for start in range(0, len(out), ACCUMULATED_ROWS):
+        rows = slice(start, start + ACCUMULATED_ROWS)
+        out[rows] += a[rows] @ b
+
+
+def sum_last(x: Float[ndarray, "*N C"], *factors: Float[ndarray, "*N C"]) -> Float[ndarray, "*N 1"]:
+    """Sum the product of arrays (..., C) over the last axis -> (..., 1), without the product array.
+
+    einsum does it in one pass, and faster than `sum` does.
+    """
+    subscripts = ",".join(["...c"] * (1 + len(factors))) + "->..."
+    return np.einsum(subscripts, x, *factors)[..., None]
+
+
+def mean_last(
+    x: Float[ndarray, "*N C"], *factors: Float[ndarray, "*N C"]
+) -> Float[ndarray, "*N 1"]:
+    """Average the product of arrays (..., C) over the last axis -> (..., 1)."""
+    return sum_last(x, *factors) / x.shape[-1]

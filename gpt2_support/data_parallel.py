@@ -12,7 +12,7 @@ import numpy as np
 
 from gpt2_support import blas
 from gpt2_support.distributed import ProcessGroup
-from gpt2_support.params import Config, Params, layout
+from gpt2_support.params import Config, Params, parameter_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -126,7 +126,7 @@ def decay_spans(config: Config) -> list[tuple[int, int, bool]]:
     """Return [(start, end, decays)], the stretches of the packed buffer that decay and do not."""
     spans: list[tuple[int, int, bool]] = []
     end = 0
-    for name, shape in layout(config).items():
+    for name, shape in parameter_shapes(config).items():
         start, end = end, end + math.prod(shape)
         decays = not name.endswith(("/b", "/g"))
         if spans and spans[-1][2] == decays:
@@ -142,7 +142,7 @@ def blas_threads(config: Config, n_threads: int = 1) -> AbstractContextManager:
     nothing where NumPy has another BLAS than OpenBLAS.
     """
     if n_threads > 1 or config.n_embd < 256:
-        return blas.one_thread(then=blas.get_threads())
+        return blas.one_thread()
     return contextlib.nullcontext()
 
 

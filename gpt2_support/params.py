@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gpt2_support.messages import preview
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     from collections.abc import Iterator
 
     from jaxtyping import Float
     from numpy import ndarray
-
-    Buffer = bytes | bytearray | memoryview | ndarray
-
-
-# The parameters: one packed buffer, and a named view of every array in it
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class Config:
     n_head: int = 12
     n_layer: int = 12
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if type(value) is not int or not 1 <= value < 2**31:  # the .bin header has 32 bits
                 value = repr(value) if isinstance(value, str) else value
@@ -47,16 +41,15 @@ class Config:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
 
     @property
-    def n_vocab_padded(self):
+    def n_vocab_padded(self) -> int:
         """Rows of wte in the buffer: n_vocab rounded up to a multiple of 128, as in llm.c."""
         return -(-self.n_vocab // 128) * 128
 
 
-def layout(config: Config) -> dict[str, tuple[int, ...]]:
-    """Return {name: shape} of every tensor in file order, the same parameter of all layers stacked.
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Return {name: shape} in the order of the buffer, each parameter of all layers in one stack.
 
-    This is the one place that names the parameters of GPT-2. The order is llm.c's; a weight is
-    (out, in), so that a linear layer is `x @ w.T + b`.
+    The order is llm.c's. A weight is (out, in), so that a linear layer is `x @ w.T + b`.
     """
     L, C = config.n_layer, config.n_embd
     return {
@@ -79,12 +72,12 @@ def layout(config: Config) -> dict[str, tuple[int, ...]]:
     }
 
 
-def tensors(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield (name, shape) of every tensor in file order: `layout` with its layers taken apart.
+def named_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield (name, shape) of every parameter in the order of the buffer, the layers taken apart.
 
     The names are OpenAI's, `model/h3/attn/c_attn/w`; wte is (V, C), without its padding.
     """
-    for name, shape in layout(config).items():
+    for name, shape in parameter_shapes(config).items():
         if name == "wte":
             yield "model/wte", (config.n_vocab, config.n_embd)
         elif name.startswith("h/"):
@@ -96,18 +89,81 @@ def tensors(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def n_params(config: Config) -> int:
     """Return the number of values in a packed buffer, the padding of wte included."""
-    return sum(math.prod(shape) for shape in layout(config).values())
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
-class Params:
+class Group:
+    """Parameters that belong together. Assigning to one writes into the buffer that it views."""
+
+    def __init__(self, **members: object) -> None:
+        vars(self).update(members)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        array = getattr(self, name)
+        if not isinstance(array, np.ndarray):
+            raise AttributeError(f"{name} is not an array: assign to the arrays in it")
+        if value is not array:  # `p.b += x` has already added in place
+            array[...] = value
+
+    def __repr__(self) -> str:
+        members = (f"{name}: {getattr(x, 'shape', x)}" for name, x in vars(self).items())
+        return f"{type(self).__name__}({', '.join(members)})"
+
+
+class LayerNorm(Group):
+    """Gain and bias."""
+
+    g: Float[ndarray, " C"]
+    b: Float[ndarray, " C"]
+
+
+class Linear(Group):
+    """Weight and bias: x @ w.T + b."""
+
+    w: Float[ndarray, "O I"]
+    b: Float[ndarray, " O"]
+
+
+class Attention(Group):
+    """Queries, keys and values in one layer, and the projection of the heads."""
+
+    c_attn: Linear
+    c_proj: Linear
+
+
+class MLP(Group):
+    """The layers before and after the activation."""
+
+    c_fc: Linear
+    c_proj: Linear
+
+
+class Block(Group):
+    """A transformer block."""
+
+    ln_1: LayerNorm
+    attn: Attention
+    ln_2: LayerNorm
+    mlp: MLP
+
+
+class Views(dict):
+    """Arrays by name. Assigning to a name writes into the buffer that its array views."""
+
+    def __setitem__(self, name: str, value: object) -> None:
+        if value is not self[name]:
+            self[name][...] = value
+
+
+class Params(Group):
     """The parameters of a model, or their gradients: a packed buffer and named views into it.
 
     `params.h[3].attn.c_attn.w` is the array that OpenAI's checkpoint calls
     `model/h3/attn/c_attn/w`, here (3C, C); `params.named` holds all of them under those names.
-    `params.flat` is the buffer, in the order of `layout`: to update every parameter is to update
-    `flat`. The rows of wte from n_vocab on are zero padding; `params.wte` (V, C) leaves them out.
+    `params.flat` is the buffer, in the order of `parameter_shapes`: to update every parameter is to
+    update `flat`. Its rows of wte from n_vocab on are zero; `params.wte` (V, C) leaves them out.
 
-    Params(config) is all zeros in float32; Params(config, flat) wraps a buffer, of any float dtype,
+    Params(config) is all zeros in float32. Params(config, flat) wraps a buffer of any float dtype
     without copying it. Raises ValueError if the buffer has another length than the config needs.
     """
 
@@ -116,38 +172,63 @@ class Params:
     named: dict[str, ndarray]
     wte: Float[ndarray, "V C"]
     wpe: Float[ndarray, "n_ctx C"]
-    h: list[SimpleNamespace]
-    ln_f: SimpleNamespace
+    h: list[Block]
+    ln_f: LayerNorm
 
     def __init__(self, config: Config, flat: Float[ndarray, " N"] | None = None) -> None:
         flat = np.zeros(n_params(config), np.float32) if flat is None else flat
         if flat.shape != (n_params(config),):
             raise ValueError(f"buffer of shape {flat.shape}, but {config} needs {n_params(config)}")
-        self.config, self.flat, self.named = config, flat, {}
-        end = 0
-        for name, shape in layout(config).items():
-            start, end = end, end + math.prod(shape)
-            array = flat[start:end].reshape(shape)
-            if name == "wte":
-                array = array[: config.n_vocab]
-            if name.startswith("h/"):
-                for i in range(config.n_layer):
-                    self.named[f"model/h{i}{name[1:]}"] = array[i]
-            else:
-                self.named[f"model/{name}"] = array
-        self._add_attributes()
+        named = name_views(config, flat)
 
-    def _add_attributes(self):
-        """Make every named array an attribute: model/h3/ln_1/g becomes self.h[3].ln_1.g."""
-        self.h = [SimpleNamespace() for _ in range(self.config.n_layer)]
-        for name, array in self.named.items():
-            _, *path, leaf = name.split("/")
-            node = self
-            for part in path:
-                if node is self and part[0] == "h":
-                    node = self.h[int(part[1:])]
-                    continue
-                if not hasattr(node, part):
-                    setattr(node, part, SimpleNamespace())
-                node = getattr(node, part)
-            setattr(node, leaf, array)
+        def layer_norm(name: str) -> LayerNorm:
+            return LayerNorm(g=named[f"model/{name}/g"], b=named[f"model/{name}/b"])
+
+        def linear(name: str) -> Linear:
+            return Linear(w=named[f"model/{name}/w"], b=named[f"model/{name}/b"])
+
+        def block(h: str) -> Block:
+            attn = Attention(c_attn=linear(f"{h}/attn/c_attn"), c_proj=linear(f"{h}/attn/c_proj"))
+            mlp = MLP(c_fc=linear(f"{h}/mlp/c_fc"), c_proj=linear(f"{h}/mlp/c_proj"))
+            ln_1, ln_2 = layer_norm(f"{h}/ln_1"), layer_norm(f"{h}/ln_2")
+            return Block(ln_1=ln_1, attn=attn, ln_2=ln_2, mlp=mlp)
+
+        super().__init__(
+            config=config,
+            flat=flat,
+            named=named,
+            wte=named["model/wte"],
+            wpe=named["model/wpe"],
+            h=[block(f"h{i}") for i in range(config.n_layer)],
+            ln_f=layer_norm("ln_f"),
+        )
+
+    def copy(self) -> Params:
+        """Return a copy with a buffer of its own, which can be changed."""
+        return Params(self.config, self.flat.copy())
+
+    def zeros_like(self) -> Params:
+        """Return zeros in the same layout and dtype, for gradients."""
+        return Params(self.config, np.zeros_like(self.flat))
+
+    def __reduce__(self) -> tuple[type[Params], tuple[Config, ndarray]]:
+        return Params, (self.config, self.flat)  # so copies and pickles view their own buffer
+
+    def __repr__(self) -> str:
+        n = sum(array.size for array in self.named.values())
+        return f"Params({self.config}, {n:,} parameters, {self.flat.dtype})"
+
+
+def name_views(config: Config, flat: Float[ndarray, " N"]) -> Views:
+    """Return views into a packed buffer by OpenAI's names."""
+    named, end = Views(), 0
+    for name, shape in parameter_shapes(config).items():
+        start, end = end, end + math.prod(shape)
+        array = flat[start:end].reshape(shape)
+        if name == "wte":
+            array = array[: config.n_vocab]
+        if name.startswith("h/"):
+            named.update({f"model/h{i}{name[1:]}": array[i] for i in range(config.n_layer)})
+        else:
+            named.update({f"model/{name}": array})
+    return named

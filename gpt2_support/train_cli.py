@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gpt2_support import cli, folders, hub
 from gpt2_support.data_parallel import choose_threads
 from gpt2_support.messages import info
-from gpt2_support.params import Config, tensors
+from gpt2_support.params import Config, named_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -206,7 +206,7 @@ def describe(state: Any, n_tokens: int, seconds: float, head_rows: int) -> None:
     n_passes = steps * config.tokens_per_step / n_tokens
     ranks, threads = config.ranks, config.threads
     who = f" in each of {ranks} ranks, threads: {threads}" if ranks > 1 else ""
-    n_params = sum(math.prod(shape) for _, shape in tensors(model))
+    n_params = sum(math.prod(shape) for _, shape in named_shapes(model))
     info(
         f"{n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} "
         f"channels, {model.n_ctx} tokens of context, a vocabulary of {model.n_vocab}\n"

@@ -107,7 +107,7 @@ def test_an_error_in_a_thread_is_raised(monkeypatch):
 
 def test_one_blas_thread_is_for_the_block_only():
     before = blas.get_threads()
-    with pytest.raises(KeyError), blas.one_thread(then=before):
+    with pytest.raises(KeyError), blas.one_thread():
         assert blas.get_threads() == 1
         raise KeyError
     assert blas.get_threads() == before
@@ -116,6 +116,6 @@ def test_one_blas_thread_is_for_the_block_only():
 def test_another_blas_has_one_thread_and_unknown_kernels(monkeypatch):
     monkeypatch.setattr(blas, "openblas", lambda function: None)
     assert blas.get_threads() == 1
-    with blas.one_thread(then=2):
+    with blas.one_thread():
         assert blas.get_threads() == 1
     assert blas.kernels() == "unknown"

@@ -4,7 +4,6 @@ Gradients are compared with central finite differences in float64, the model wit
 written from the paper, and both with PyTorch's and OpenAI's numbers where those are at hand.
 """
 
-import contextlib
 import dataclasses
 import functools
 import io
@@ -24,7 +23,7 @@ from hypothesis import strategies as st
 
 import encoder
 import gpt2
-from gpt2_support import blas, hub, weights
+from gpt2_support import blas, hub, streaming, tiles, weights
 from gpt2_support.formats import llmc, token_table
 from gpt2_support.params import Config, Params, n_params
 
@@ -168,11 +167,22 @@ def test_softmax_gradient_is_numeric():
     )
 
 
+def attend(q, k, v, positions):
+    """Attention in tiles, as a forward of the usual form."""
+    out, att = tiles.attend(gpt2.scaled_dot_product_attention, q, k, v, positions)
+    return out, (q, k, v, att)
+
+
+def attend_backward(dout, cache):
+    backward = gpt2.scaled_dot_product_attention_backward
+    return tiles.attend_backward(backward, dout, *cache)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def several_blocks():
     """Let the short sequences of these tests, too, be attended to in several blocks of queries."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpt2, "ATTEND_ROWS", 2)
+        patch.setattr(tiles, "QUERIES", 2)
         yield
 
 
@@ -183,28 +193,23 @@ def several_blocks():
     ids=["from the start", "after others", "ragged", "nothing hidden"],
 )
 def test_attend_gradient_is_numeric(monkeypatch, positions, n_rows):
-    monkeypatch.setattr(gpt2, "ATTEND_ROWS", n_rows)
+    monkeypatch.setattr(tiles, "QUERIES", n_rows)
     q, k, v = normal(2, 2, 3, 4), normal(2, 2, 5, 4, seed=3), normal(2, 2, 5, 4, seed=4)
     positions = np.array(positions)
     check_backward(
-        lambda q, k, v: gpt2.attend(q, k, v, positions),
-        lambda dout, cache, d: gpt2.attend_backward(dout, cache),
+        lambda q, k, v: attend(q, k, v, positions),
+        lambda dout, cache, d: attend_backward(dout, cache),
         (q, k, v),
     )
 
 
 @pytest.mark.parametrize("n_threads", [2, 3, 8])
-def test_attend_in_threads_gives_the_same_bits(monkeypatch, n_threads):
+def test_attention_in_threads_gives_the_same_bits(monkeypatch, n_threads):
     q, k, v = normal(2, 3, 9, 4), normal(2, 3, 11, 4, seed=3), normal(2, 3, 11, 4, seed=4)
     positions, dout = np.arange(2, 11)[None], normal(2, 3, 9, 4, seed=5)
-    out, cache = gpt2.attend(q, k, v, positions)
-    expected = [out, *gpt2.attend_backward(dout, cache)]
-    names, restored = set(), []
-
-    @contextlib.contextmanager
-    def one_blas_thread(then):
-        yield
-        restored.append(then)
+    out, cache = attend(q, k, v, positions)
+    expected = [out, *attend_backward(dout, cache)]
+    names, threads = set(), [n_threads]
 
     def softmax(scores, softmax=gpt2.softmax):
         names.add(threading.current_thread().name)
@@ -212,28 +217,28 @@ def test_attend_in_threads_gives_the_same_bits(monkeypatch, n_threads):
 
     monkeypatch.setattr(blas, "WORTH_A_THREAD", 1)
     monkeypatch.setattr(gpt2, "softmax", softmax)
-    monkeypatch.setattr(blas, "get_threads", lambda: n_threads)
-    monkeypatch.setattr(blas, "one_thread", one_blas_thread)
-    out, cache = gpt2.attend(q, k, v, positions)
-    for found, same in zip([out, *gpt2.attend_backward(dout, cache)], expected, strict=True):
-        np.testing.assert_array_equal(found, same)
+    monkeypatch.setattr(blas, "get_threads", lambda: threads[-1])
+    monkeypatch.setattr(blas, "set_threads", threads.append)
+    out, cache = attend(q, k, v, positions)
+    for actual, same in zip([out, *attend_backward(dout, cache)], expected, strict=True):
+        np.testing.assert_array_equal(actual, same)
     assert len(names) > 1
-    assert restored == [n_threads] * 2
+    assert threads == [n_threads, 1, n_threads, 1, n_threads]
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("n_rows", [1, 2, 7, 32, 33])
 @pytest.mark.parametrize("n_out", [1, 5, 64, 301])
 def test_a_product_of_few_rows_is_the_product(monkeypatch, n_threads, n_rows, n_out):
-    monkeypatch.setattr(gpt2, "STACK", 40 * n_rows * 6)  # 6 rows of w
+    monkeypatch.setattr(blas, "STACK", 40 * n_rows * 6)  # 6 rows of w
     monkeypatch.setattr(blas, "WORTH_A_THREAD", 1)
     monkeypatch.setattr(blas, "has_small_kernels", lambda: True)
     monkeypatch.setattr(blas, "get_threads", lambda: n_threads)
     x, w = normal(n_rows, 40), normal(n_out, 40, seed=3)
-    found = gpt2.times(x, w)
+    found = blas.matmul(x, w.T)
     assert found.flags.c_contiguous
     np.testing.assert_allclose(found, x @ w.T, rtol=0, atol=1e-13)
-    found = gpt2.times(x.astype(np.float32), w.astype(np.float32))
+    found = blas.matmul(x.astype(np.float32), w.astype(np.float32).T)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, x @ w.T, rtol=0, atol=1e-4)
 
@@ -244,7 +249,7 @@ def test_few_rows_are_taken_apart_only_for_kernels_that_are_made_for_it(monkeypa
     monkeypatch.setattr(blas, "parallel_for", lambda function, n, work: stacks.append(n))
     for kernels, expected in (("Haswell", []), ("unknown", []), ("SkylakeX", [1])):
         monkeypatch.setattr(blas, "kernels", lambda kernels=kernels: kernels)
-        gpt2.times(x, w)
+        blas.matmul(x, w.T)
         assert len(stacks) == len(expected)
 
 
@@ -296,16 +301,16 @@ def test_cross_entropy_gradient_is_numeric_and_zero_where_ignored():
 @pytest.mark.parametrize("head_rows", [1, 3, 6, 256])
 @pytest.mark.parametrize("targets", [[0, 6, -1, 3, 3, -1, 2], [-1, -1, -1, -1, 5, -1, -1]], ids=str)
 def test_head_gradient_is_numeric_over_blocks_of_rows(targets, head_rows, monkeypatch):
-    monkeypatch.setattr(gpt2, "HEAD_ROWS", head_rows)
-    monkeypatch.setattr(gpt2, "HEAD_IDS", head_rows)
+    monkeypatch.setattr(gpt2, "LM_HEAD_ROWS", head_rows)
+    monkeypatch.setattr(blas, "ACCUMULATED_ROWS", head_rows)
     params, targets = random_params(MINI), np.array(targets)
     x, grads = normal(7, 4), random_params(MINI, seed=8)
     before, n_counted = grads.flat.copy(), (targets >= 0).sum()
 
     def loss():
-        return float(gpt2.head(x, params, targets)[0].sum() / n_counted)
+        return float(gpt2.lm_head_loss(x, params.wte, targets)[0].sum() / n_counted)
 
-    losses, dx = gpt2.head(x, params, targets, grads)
+    losses, dx = gpt2.lm_head_loss(x, params.wte, targets, grads.wte)
     assert losses.shape == (7,)
     assert not losses[targets == -1].any()
     assert math.isclose(losses.sum() / n_counted, loss(), rel_tol=1e-15)
@@ -316,12 +321,35 @@ def test_head_gradient_is_numeric_over_blocks_of_rows(targets, head_rows, monkey
 
 
 def test_head_without_gradients_or_targets_gives_none_or_zeros():
-    losses, dx = gpt2.head(normal(3, 12), random_params(), np.array([1, -1, 60]))
+    losses, dx = gpt2.lm_head_loss(normal(3, 12), random_params().wte, np.array([1, -1, 60]))
     assert dx is None
     assert losses[1] == 0
-    losses, dx = gpt2.head(normal(2, 12), random_params(), np.array([-1, -1]), random_params())
+    losses, dx = gpt2.lm_head_loss(
+        normal(2, 12), random_params().wte, np.array([-1, -1]), random_params().wte
+    )
     assert not losses.any()
     assert not dx.any()
+
+
+def keep_in(caches):
+    """A hook for gpt2.transformer that keeps what the backward needs."""
+
+    def hook(name, x, cache):
+        caches[name] = cache
+        return x
+
+    return hook
+
+
+def test_hook_replaces_what_the_layers_above_see():
+    params, tokens = random_params(), random_tokens(2, 5)
+
+    def hook(name, x, cache):
+        return np.zeros_like(x) if name == "h0" else x
+
+    x = gpt2.transformer(params, tokens, hook=hook)
+    assert not np.allclose(x, gpt2.transformer(params, tokens))
+    np.testing.assert_array_equal(x[0], x[1])  # nothing of the tokens is left
 
 
 def test_transformer_gradient_is_numeric():  # of one layer; the loss, below, is that of two
@@ -329,8 +357,8 @@ def test_transformer_gradient_is_numeric():  # of one layer; the loss, below, is
     params, tokens = random_params(config), np.array([[3, 3, 0, 6, 1], [6, 3, 0, 3, 3]])
 
     def forward():
-        caches = []
-        return gpt2.transformer(params, tokens, caches=caches), caches
+        caches = {}
+        return gpt2.transformer(params, tokens, hook=keep_in(caches)), caches
 
     check_backward(
         forward,
@@ -342,7 +370,7 @@ def test_transformer_gradient_is_numeric():  # of one layer; the loss, below, is
 
 
 def test_loss_gradient_is_numeric_for_every_parameter(monkeypatch):
-    monkeypatch.setattr(gpt2, "HEAD_ROWS", 4)
+    monkeypatch.setattr(gpt2, "LM_HEAD_ROWS", 4)
     params = random_params(MINI)
     tokens = np.array([[3, 3, 0, 6, 1], [6, 3, 0, 3, 3]])  # some twice, 2, 4 and 5 never
     targets = np.array([[3, 0, -1, 1, 5], [-1, 0, 3, 3, 6]])
@@ -499,7 +527,7 @@ RECORDED = {  # what a block leaves in a record, and its shape
 
 
 def test_record_names_what_forward_computes(monkeypatch):
-    monkeypatch.setattr(gpt2, "ATTEND_ROWS", 4)
+    monkeypatch.setattr(tiles, "QUERIES", 4)
     params, tokens, record = random_params(), random_tokens(2, 11), {}
     logits = gpt2.forward(params, tokens, record=record)
     np.testing.assert_array_equal(logits, gpt2.forward(params, tokens))
@@ -534,7 +562,7 @@ def test_record_through_a_cache_stays_as_it_was():
     gpt2.forward(params, tokens[:8], kv, first)
     before = {name: array.copy() for name, array in first.items()}
     gpt2.forward(params, tokens[8:], kv, rest)
-    kv.layers[...] = 0
+    kv.buffer[...] = 0
     for name, array in whole.items():
         assert (first[name] == before[name]).all(), name
         found = rest[name]
@@ -627,11 +655,11 @@ def test_dtype_of_the_parameters_is_that_of_every_result(dtype):
     params, tokens = random_params(dtype=dtype), random_tokens(2, 9)
     kv = gpt2.KVCache(CONFIG, 2, dtype)
     assert gpt2.forward(params, tokens).dtype == dtype
-    assert gpt2.forward(params, tokens, kv).dtype == kv.layers.dtype == dtype
+    assert gpt2.forward(params, tokens, kv).dtype == kv.buffer.dtype == dtype
     assert gpt2.forward(params, tokens[:, :1], kv).dtype == dtype
-    caches = []
-    gpt2.transformer(params, tokens, caches=caches)
-    floats = [array for array in arrays_in(caches) if array.dtype.kind == "f"]
+    caches = {}
+    gpt2.transformer(params, tokens, hook=keep_in(caches))
+    floats = [array for array in arrays_in(tuple(caches.values())) if array.dtype.kind == "f"]
     assert len(floats) > 20
     assert {array.dtype for array in floats} == {np.dtype(dtype)}
     loss, grads = gpt2.loss_and_grads(params, tokens, tokens)
@@ -666,7 +694,7 @@ def test_dtype_of_every_layer_and_backward_is_that_of_its_input(dtype):
     for (out, cache), backward in pairs:
         assert out.dtype == dtype
         assert backward(np.ones_like(out), cache).dtype == dtype
-    losses, dx = gpt2.head(gpt2.as_rows(x), params, targets, grads)
+    losses, dx = gpt2.lm_head_loss(gpt2.as_rows(x), params.wte, targets, grads.wte)
     assert losses.dtype == dx.dtype == dtype
 
 
@@ -750,7 +778,7 @@ def test_ragged_rows_equal_each_alone():
 def test_stale_keys_of_a_shortened_row_are_not_seen():
     params, tokens = random_params(), random_tokens(2, 16)
     kv = gpt2.KVCache(CONFIG, 2, np.float64)
-    kv.layers[:] = 1e3
+    kv.buffer[:] = 1e3
     gpt2.forward(params, tokens[:, :12], kv)
     kv.length[0] = 2
     logits = gpt2.forward(params, tokens[:, 12:14], kv)
@@ -763,12 +791,12 @@ def test_stale_keys_of_a_shortened_row_are_not_seen():
 def test_row_of_a_cache_shares_its_memory():
     kv = gpt2.KVCache(CONFIG, 3)
     row = kv.row(1)
-    assert row.layers.shape[2] == 1
+    assert row.buffer.shape[2] == 1
     gpt2.forward(random_params(dtype=np.float32), [1, 2, 3], row)
     assert kv.length.tolist() == [0, 3, 0]
-    assert kv.layers[:, :, 1, :, :3].all()
-    assert not kv.layers[:, :, [0, 2]].any()
-    assert not kv.layers[:, :, 1, :, 3:].any()
+    assert kv.buffer[:, :, 1, :, :3].all()
+    assert not kv.buffer[:, :, [0, 2]].any()
+    assert not kv.buffer[:, :, 1, :, 3:].any()
 
 
 def test_copied_row_goes_on_as_its_source_and_independently():
@@ -786,8 +814,8 @@ def test_copied_row_goes_on_as_its_source_and_independently():
 
 def test_cache_takes_the_bytes_it_says():
     kv = gpt2.KVCache(CONFIG, 3)
-    assert kv.layers.nbytes == 8 * 3 * CONFIG.n_ctx * CONFIG.n_layer * CONFIG.n_embd
-    assert kv.layers.dtype == np.float32
+    assert kv.buffer.nbytes == 8 * 3 * CONFIG.n_ctx * CONFIG.n_layer * CONFIG.n_embd
+    assert kv.buffer.dtype == np.float32
     assert kv.length.tolist() == [0, 0, 0]
 
 
@@ -968,7 +996,7 @@ SAMPLINGS = [
 def test_distribution_gives_the_ids_kept_and_their_probabilities(sampling):
     logits = 2 * normal(12)
     expected = reference_probs(logits, **sampling)
-    ids, probs = gpt2.distribution(logits, **sampling)
+    ids, probs = gpt2.next_token_probs(logits, **sampling)
     assert sorted(ids) == np.flatnonzero(expected).tolist()
     np.testing.assert_allclose(probs, expected[ids], rtol=1e-12, atol=0)
     assert abs(probs.sum() - 1) < 1e-12
@@ -979,7 +1007,7 @@ def test_distribution_gives_the_ids_kept_and_their_probabilities(sampling):
 
 def test_distribution_at_temperature_0_is_argmax_alone():
     for sampling in ({}, {"top_k": 3}, {"top_p": 0.9}):
-        ids, probs = gpt2.distribution(np.array([1.0, 7.0, 7.0], np.float32), 0.0, **sampling)
+        ids, probs = gpt2.next_token_probs(np.array([1.0, 7.0, 7.0], np.float32), 0.0, **sampling)
         assert (ids.tolist(), probs.tolist()) == ([1], [1.0])
 
 
@@ -1081,7 +1109,7 @@ def test_sample_leaves_the_logits_as_they_were():
 
 def test_penalise_makes_each_seen_id_less_probable_once():
     logits = np.array([2.0, -2.0, 0.0, 4.0], np.float32)
-    found = gpt2.penalise(logits, [0, 1, 2, 0, 0], 2.0)
+    found = gpt2.apply_repetition_penalty(logits, [0, 1, 2, 0, 0], 2.0)
     np.testing.assert_array_equal(found, np.array([1, -4, 0, 4], np.float32))
     assert found.dtype == np.float32
     np.testing.assert_array_equal(logits, [2, -2, 0, 4])
@@ -1130,9 +1158,9 @@ def test_generate_is_lazy_and_reads_no_token_in_vain(monkeypatch):
     counts = []
     transformer = gpt2.transformer
 
-    def counting(params, tokens, kv=None, caches=None):
+    def counting(params, tokens, *args):
         counts.append(tokens.size)
-        return transformer(params, tokens, kv, caches)
+        return transformer(params, tokens, *args)
 
     monkeypatch.setattr(gpt2, "transformer", counting)
     ids = gpt2.generate(random_params(), [5, 9, 2], 4, eot=None)
@@ -1227,9 +1255,9 @@ def test_generate_reads_equal_prompts_once(monkeypatch):
     counts = []
     transformer = gpt2.transformer
 
-    def counting(params, tokens, kv=None, caches=None):
+    def counting(params, tokens, *args):
         counts.append(tokens.shape)
-        return transformer(params, tokens, kv, caches)
+        return transformer(params, tokens, *args)
 
     monkeypatch.setattr(gpt2, "transformer", counting)
     prompts = [[5, 9, 2], [1, 1], [5, 9, 2], [5, 9, 2]]
@@ -1297,27 +1325,26 @@ def test_generate_takes_sampling_parameters_at_their_limits():
     assert list(gpt2.generate(params, prompt, 8, temperature=5e-324, eot=None)) == greedy
 
 
-def test_generate_lets_watch_what_each_id_is_drawn_from():
-    params, seen = random_params(), []
+def test_decode_yields_ids_and_the_logits_that_they_are_drawn_from():
+    params, prompts = random_params(), [[1, 2, 3], [7]]
     options = {"temperature": 1.5, "seed": 3, "repetition_penalty": 1.4, "n_vocab": 50}
-    prompts = [[1, 2, 3], [7]]
-    steps = gpt2.generate(params, prompts, 9, **options, watch=lambda *args: seen.append(args))
-    steps = list(steps)
-    assert steps == list(gpt2.generate(params, prompts, 9, **options))
-    assert [(b, id) for b, _, id in seen] == [(b, ids[b]) for ids in steps for b in (0, 1)]
-    for n, (b, logits, _) in enumerate(seen):
-        history = prompts[b] + [ids[b] for ids in steps[: n // 2]]
-        expected = gpt2.penalise(gpt2.forward(params, history)[-1], history, 1.4)[:50]
-        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-10)
+    steps = list(gpt2.decode(params, prompts, 9, **options))
+    assert [ids for ids, _ in steps] == list(gpt2.generate(params, prompts, 9, **options))
+    texts = [list(prompt) for prompt in prompts]
+    for ids, logits in steps:
+        for text, id, row in zip(texts, ids, logits, strict=True):
+            expected = gpt2.forward(params, text)[-1]
+            expected = gpt2.apply_repetition_penalty(expected, text, 1.4)[:50]
+            np.testing.assert_allclose(row, expected, rtol=0, atol=1e-10)
+            text.append(id)
 
 
-def test_generate_lets_watch_the_end_of_text_once():
-    params, seen = random_params(), []
+def test_decode_yields_the_end_of_text_and_ends():
+    params = random_params()
     greedy = reference_generate(params, [1, 2], 6)
     eot = greedy[3]
-    ids = list(gpt2.generate(params, [1, 2], 6, eot=eot, watch=lambda *args: seen.append(args)))
-    assert ids == greedy[: greedy.index(eot)]
-    assert [(b, id) for b, _, id in seen] == [(0, id) for id in [*ids, eot]]
+    ids = [ids for ids, _ in gpt2.decode(params, [[1, 2]], 6, eot=eot)]
+    assert ids == [[id] for id in greedy[: greedy.index(eot) + 1]]
 
 
 def test_generate_leaves_the_prompts_as_they_were():
@@ -1364,7 +1391,7 @@ ENC = encoder.Encoder(TOKENS, EOT)
 
 def stream_text(ids, stops=(), enc=ENC):
     """Feed ids as the CLI does; return the texts that came, joined, and whether a stop was met."""
-    stream, out = gpt2.TextStream(enc, stops), ""
+    stream, out = streaming.TextStream(enc, stops), ""
     for id in ids:
         out += stream.feed(id)
         if stream.done:
@@ -1373,7 +1400,7 @@ def stream_text(ids, stops=(), enc=ENC):
 
 
 def test_stream_shows_text_as_it_is_made():
-    stream = gpt2.TextStream(ENC)
+    stream = streaming.TextStream(ENC)
     assert [stream.feed(id) for id in ENC.encode("a the b")] == ["a", " the", " ", "b"]
     assert not stream.done
     assert stream.flush() == ""
@@ -1381,7 +1408,7 @@ def test_stream_shows_text_as_it_is_made():
 
 
 def test_stream_holds_back_incomplete_characters():
-    stream = gpt2.TextStream(ENC)
+    stream = streaming.TextStream(ENC)
     texts = [stream.feed(byte) for byte in "é€😀".encode()]
     assert texts == ["", "é", "", "", "€", "", "", "", "😀"]
     assert stream.feed(0xC3) == ""
@@ -1389,7 +1416,7 @@ def test_stream_holds_back_incomplete_characters():
 
 
 def test_stream_ends_at_end_of_text_with_what_was_held():
-    stream = gpt2.TextStream(ENC, ["abc"])
+    stream = streaming.TextStream(ENC, ["abc"])
     assert [stream.feed(id) for id in b"xab"] == ["x", "", ""]
     assert stream.feed(EOT) == "ab"
     assert stream.done
@@ -1446,7 +1473,7 @@ def test_stream_shows_whatever_can_be_no_stop():
     @PROPERTY
     @given(st.text("ab", max_size=12), st.text("ab", min_size=1, max_size=4))
     def check(text, stop):
-        stream, out = gpt2.TextStream(ENC, [stop]), ""
+        stream, out = streaming.TextStream(ENC, [stop]), ""
         for n, byte in enumerate(text.encode(), 1):
             out += stream.feed(byte)
             if stream.done:
@@ -1464,7 +1491,7 @@ def test_stream_shows_whatever_can_be_no_stop():
     [("", "ab", 0), ("xa", "ab", 1), ("ab", "ab", 2), ("aba", "aba", 3), ("xy", "ab", 0)],
 )
 def test_overlap_is_the_longest_end_that_begins_the_stop(text, stop, n):
-    assert gpt2.overlap(text, stop) == n
+    assert streaming.overlap(text, stop) == n
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1603,19 +1630,19 @@ def test_cli_explains_by_the_probabilities_that_it_drew_from(flags, limits, rand
     out, err = cli("ab", "--model", random_model, "--explain", *sampling.split())
     assert out == cli("ab", "--model", random_model, *sampling.split())[0]
     params, history = gpt2.load(random_model), ENC.encode("ab")
-    ids_of = {gpt2.show_token(ENC, id).rstrip(): id for id in range(len(TOKENS))}
+    ids_of = {streaming.token_column(ENC, id).rstrip(): id for id in range(len(TOKENS))}
     rows = explained(err)
     assert len(rows) == 6
     for drawn, percent, others in rows:
-        logits = gpt2.penalise(gpt2.forward(params, history)[-1], history, 1.3)
-        ids, probs = gpt2.distribution(logits, *limits)
+        logits = gpt2.apply_repetition_penalty(gpt2.forward(params, history)[-1], history, 1.3)
+        ids, probs = gpt2.next_token_probs(logits, *limits)
         expected = dict(zip(ids.tolist(), probs, strict=True))
-        assert percent == gpt2.show_percent(expected[ids_of[drawn]])
+        assert percent == streaming.percent(expected[ids_of[drawn]])
         assert len(others) == min(3, len(ids))
         top = sorted(expected.values(), reverse=True)[: len(others)]
-        assert [percent for _, percent in others] == [gpt2.show_percent(p) for p in top]
+        assert [percent for _, percent in others] == [streaming.percent(p) for p in top]
         for token, percent in others:
-            assert percent == gpt2.show_percent(expected[ids_of[token]])
+            assert percent == streaming.percent(expected[ids_of[token]])
         history.append(ids_of[drawn])
     assert ENC.decode(history) == "ab" + out.removesuffix("\n")
 
@@ -1659,15 +1686,15 @@ def test_cli_explanation_is_as_wide_as_the_terminal(random_model, cli, monkeypat
 )
 def test_show_token_is_unambiguous_and_fills_its_column(token, text):
     enc = encoder.Encoder([token, b"<|endoftext|>"], eot=1)
-    assert gpt2.show_token(enc, 0) == text
-    assert gpt2.columns(text) == 11
-    assert gpt2.show_token(enc, 1) == "end of text"
+    assert streaming.token_column(enc, 0) == text
+    assert streaming.display_width(text) == 11
+    assert streaming.token_column(enc, 1) == "end of text"
 
 
 def test_show_percent_rounds_to_neither_0_nor_100():
     shown = {0: "0.0%", 1e-9: "<0.1%", 4.9e-4: "<0.1%", 6e-4: "0.1%", 0.5: "50.0%", 0.999: "99.9%"}
     shown |= {0.9996: ">99.9%", 1 - 1e-9: ">99.9%", 1.0: "100.0%"}
-    assert {p: gpt2.show_percent(p) for p in shown} == shown
+    assert {p: streaming.percent(p) for p in shown} == shown
 
 
 def test_cli_writes_n_samples(cat, random_model, cli):
@@ -1707,27 +1734,12 @@ def test_cli_without_a_prompt_starts_from_end_of_text(cat, cli):
     assert out == ENC.decode(ENC.encode(STORY)[1:4]) + "\n"
 
 
-def test_cli_sampling_flags_reach_generate(cat, cli, monkeypatch):
-    seen = {}
-
-    def generate(params, tokens, n_tokens, **sampling):
-        seen.update(sampling, tokens=tokens, n_tokens=n_tokens)
-        return iter(())
-
-    monkeypatch.setattr(gpt2, "generate", generate)
+def test_cli_sampling_flags_reach_decode(cat, cli, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpt2, "decode", lambda params, *args: seen.append(args) or iter(()))
     flags = "--temperature 0.7 --top_k 9 --top_p 0.8 --repetition_penalty 1.2 --seed 4 --n_tokens 6"
     assert cli("The", "--model", cat, *flags.split()) == ("\n", "")
-    assert seen == {
-        "tokens": [ENC.encode("The")],
-        "n_tokens": 6,
-        "temperature": 0.7,
-        "top_k": 9,
-        "top_p": 0.8,
-        "repetition_penalty": 1.2,
-        "seed": 4,
-        "eot": EOT,
-        "n_vocab": len(TOKENS),
-    }
+    assert seen == [([ENC.encode("The")], 6, 0.7, 9, 0.8, 4, 1.2, EOT, len(TOKENS))]
 
 
 @pytest.mark.parametrize("prompt", ["é€😀", "\u4e2d\u6587", "\ud800", "a\x00b", "\r\n\t "])

@@ -35,7 +35,7 @@ import encoder
 import train
 from gpt2_support import http, hub, runlog, weights
 from gpt2_support.formats import crc32c, huggingface, llmc, tensorflow, token_table
-from gpt2_support.params import Config, Params, tensors
+from gpt2_support.params import Config, Params, named_shapes
 
 TINY = Config(n_vocab=openai_files.N_VOCAB, n_ctx=8, n_embd=8, n_head=2, n_layer=2)
 FUZZ = float(os.environ.get("FUZZ", 1))
@@ -269,7 +269,7 @@ def model_files(config=TINY):
 
 def read_all(config, get):
     """Read every tensor of a model."""
-    for name, shape in tensors(config):
+    for name, shape in named_shapes(config):
         assert get(name).shape == shape and get(name).dtype == np.float32
 
 
@@ -352,7 +352,7 @@ def test_openai_index_of_any_entries_with_right_checksums(openai, monkeypatch):
     """Awkward numbers in every field, which the blocks' CRC32C alone would have kept out."""
     folder, read = openai
     monkeypatch.setattr(openai_files, "masked_crc", right_crc)
-    arrays, names = openai_files.random_arrays(TINY), [name for name, _ in tensors(TINY)]
+    arrays, names = openai_files.random_arrays(TINY), [name for name, _ in named_shapes(TINY)]
     n_good = 0
     for i in range(amount(300)):
         rng = random.Random(i)

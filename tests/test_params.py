@@ -5,12 +5,12 @@ import pytest
 from helpers import TINY, random_params
 
 from gpt2_support.formats import llmc
-from gpt2_support.params import Config, Params, n_params, tensors
+from gpt2_support.params import Config, Params, n_params, named_shapes
 
 
 def test_config_default_is_124m():
     config = Config()
-    assert sum(np.prod(shape) for _, shape in tensors(config)) == 124439808
+    assert sum(np.prod(shape) for _, shape in named_shapes(config)) == 124439808
     assert llmc.HEADER_BYTES + 4 * n_params(config) == 497904640
 
 
@@ -41,7 +41,7 @@ def test_params_attributes_are_the_named_arrays():
 
 def test_tensors_are_the_named_arrays_in_file_order():
     params = Params(TINY)
-    shapes = dict(tensors(TINY))
+    shapes = dict(named_shapes(TINY))
     assert shapes == {name: array.shape for name, array in params.named.items()}
     starts = [params.named[name].__array_interface__["data"][0] for name in shapes]
     assert starts == sorted(starts)

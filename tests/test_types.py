@@ -28,8 +28,12 @@ def queries(*shape, dtype=np.float32):
     ],
 )
 def test_wrong_dimension_is_named(k, v, wrong):
-    with pytest.raises(jaxtyping.TypeCheckError, match=f"(?s)gpt2.attend.*{wrong}"):
-        gpt2.attend(queries(2, 3, 5, 4), queries(*k), queries(*v), np.arange(5)[None])
+    with pytest.raises(
+        jaxtyping.TypeCheckError, match=f"(?s)gpt2.scaled_dot_product_attention.*{wrong}"
+    ):
+        gpt2.scaled_dot_product_attention(
+            queries(2, 3, 5, 4), queries(*k), queries(*v), np.arange(5)[None]
+        )
 
 
 @checked
@@ -41,6 +45,6 @@ def test_wrong_dtype_is_refused():
 
 
 def test_checks_cost_nothing_without_the_tests():
-    code = "import sys, train; print('jaxtyping' in sys.modules, train.gpt2.attend.__module__)"
+    code = "import sys, train; print('jaxtyping' in sys.modules, train.gpt2.attention.__module__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("False gpt2\n", "")

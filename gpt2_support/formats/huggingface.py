@@ -28,7 +28,7 @@ from gpt2_support.formats.stored_tensor import (
 )
 from gpt2_support.formats.token_table import bytes_to_unicode, recover_merges
 from gpt2_support.messages import preview
-from gpt2_support.params import Config, tensors
+from gpt2_support.params import Config, named_shapes
 
 SETTINGS = {  # the values in `config.json` that mean GPT-2; the first also stands for a missing key
     "model_type": ("gpt2",),
@@ -66,7 +66,7 @@ def open_model(folder: Path) -> tuple[Config, GetTensor]:
     lm_head = stored.pop("lm_head.weight", None)
     expected = (
         (name_in_checkpoint(name), shape_in_checkpoint(name, shape))
-        for name, shape in tensors(config)
+        for name, shape in named_shapes(config)
     )
     check_tensors(folder, expected, stored)
     if lm_head is not None:
@@ -198,8 +198,8 @@ def parse_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTe
 
 def write_safetensors(file: BinaryIO, config: Config, get: GetTensor) -> None:
     """Write a model as transformers saves a GPT2LMHeadModel, in float32, a tensor at a time."""
-    names = {f"transformer.{name_in_checkpoint(name)}": name for name, _ in tensors(config)}
-    shapes = {name: shape_in_checkpoint(name, shape) for name, shape in tensors(config)}
+    names = {f"transformer.{name_in_checkpoint(name)}": name for name, _ in named_shapes(config)}
+    shapes = {name: shape_in_checkpoint(name, shape) for name, shape in named_shapes(config)}
     header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, name in sorted(names.items()):

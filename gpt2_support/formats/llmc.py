@@ -23,7 +23,7 @@ from gpt2_support.formats.stored_tensor import (
     bf16_to_float32,
     read_tensor,
 )
-from gpt2_support.params import Config, Params, n_params, tensors
+from gpt2_support.params import Config, Params, n_params, named_shapes
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt16
@@ -109,7 +109,7 @@ def open_model(path: Path) -> tuple[Config, GetTensor]:
     config, n_rows, dtype = read_model_header(path)
     dtype_name = "BF16" if dtype == np.uint16 else "F32"
     stored, end = {}, HEADER_BYTES
-    for name, shape in tensors(config):
+    for name, shape in named_shapes(config):
         size = dtype.itemsize * math.prod(shape)
         stored[name] = StoredTensor(path, dtype_name, shape, end, size)
         end += size
@@ -156,7 +156,7 @@ def write_model(file: BinaryIO, config: Config, get: GetTensor) -> None:
     c = config
     sizes = (c.n_ctx, c.n_vocab, c.n_layer, c.n_head, c.n_embd, c.n_vocab_padded)
     write_header(file, MODEL_MAGIC, 3, *sizes)
-    for name, shape in tensors(config):
+    for name, shape in named_shapes(config):
         write_array(file, get(name), shape)
         if name == "model/wte":
             file.write(bytes(4 * (c.n_vocab_padded - c.n_vocab) * c.n_embd))

@@ -23,7 +23,7 @@ from gpt2_support.files import DamagedFile, read_json
 from gpt2_support.formats.crc32c import masked_crc32c
 from gpt2_support.formats.stored_tensor import GetTensor, StoredTensor, check_tensors, read_tensor
 from gpt2_support.messages import preview
-from gpt2_support.params import Config, tensors
+from gpt2_support.params import Config, named_shapes
 
 TABLE_MAGIC = bytes.fromhex("57fb808b247547db")
 FOOTER_BYTES = 48
@@ -46,7 +46,7 @@ def open_model(folder: Path) -> tuple[Config, GetTensor]:
     stored = read_bundle(index_path)
     expected = (
         (name, (1, *shape[::-1]) if IS_LINEAR.fullmatch(name) else shape)
-        for name, shape in tensors(config)
+        for name, shape in named_shapes(config)
     )
     check_tensors(index_path, expected, stored)
 

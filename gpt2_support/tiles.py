@@ -1,0 +1,93 @@
+"""Attention in tiles: some heads and a block of queries at a time, in threads.
+
+A tile compares its queries only with the keys that they may see, so that half of the work of a
+long sequence is left out, and its scores fit the cache. The operation itself is the caller's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from gpt2_support import blas
+
+if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
+    from collections.abc import Callable
+
+    from jaxtyping import Float, Integer
+    from numpy import ndarray
+
+    Queries = Float[ndarray, "B H T D"]
+    Keys = Float[ndarray, "B H S D"]
+
+QUERIES = 128  # queries of a tile
+
+
+class Tile(NamedTuple):
+    """The attention weights of some heads and a block of queries: att (B, heads, queries, keys)."""
+
+    heads: slice
+    queries: slice
+    att: Float[ndarray, "B h t s"]
+
+
+def attend(
+    attention: Callable[..., tuple[ndarray, ndarray]],
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    positions: Integer[ndarray, "#B T"],
+) -> tuple[Queries, list[Tile]]:
+    """Return out (B, H, T, D) of attention(q, k, v, positions) -> out, att, and its tiles."""
+    B, H, T, D = q.shape
+    out = np.empty((B, T, H, D), q.dtype).swapaxes(1, 2)  # in this order merging heads is free
+    tiles = []
+
+    def attend_heads(heads: slice) -> None:
+        for start in range(0, T, QUERIES):
+            queries = slice(start, start + QUERIES)
+            S = positions[:, queries].max() + 1
+            out[:, heads, queries], att = attention(
+                q[:, heads, queries], k[:, heads, :S], v[:, heads, :S], positions[:, queries]
+            )
+            tiles.append(Tile(heads, queries, att))
+
+    blas.parallel_for(attend_heads, H, work=q.size * k.shape[2])
+    return out, tiles
+
+
+def attend_backward(
+    attention_backward: Callable[..., tuple[ndarray, ndarray, ndarray]],
+    dout: Queries,
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    tiles: list[Tile],
+) -> tuple[Queries, Keys, Keys]:
+    """Return dq, dk, dv of attention_backward(dout, (q, k, v, att)) -> dq, dk, dv."""
+    dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
+    starts = sorted({tile.heads.start for tile in tiles})
+
+    def attend_heads_backward(part: slice) -> None:
+        for heads, queries, att in (tile for tile in tiles if tile.heads.start in starts[part]):
+            S = att.shape[-1]
+            cache = q[:, heads, queries], k[:, heads, :S], v[:, heads, :S], att
+            dq_, dk_, dv_ = attention_backward(dout[:, heads, queries], cache)
+            dq[:, heads, queries] = dq_
+            dk[:, heads, :S] += dk_
+            dv[:, heads, :S] += dv_
+
+    blas.parallel_for(attend_heads_backward, len(starts), work=q.size * k.shape[2])
+    return dq, dk, dv
+
+
+def join(tiles: list[Tile], n_keys: int) -> Float[ndarray, "B H T S"]:
+    """Return the attention weights of all tiles as one array, with 0 for masked keys."""
+    B, _, _, _ = tiles[0].att.shape
+    H = max(tile.heads.stop for tile in tiles)
+    T = max(tile.queries.start + tile.att.shape[2] for tile in tiles)
+    joined = np.zeros((B, H, T, n_keys), tiles[0].att.dtype)
+    for heads, queries, att in tiles:
+        joined[:, heads, queries, : att.shape[-1]] = att
+    return joined
