@@ -1,8 +1,8 @@
-"""Text into token ids and back: byte-level byte-pair encoding (BPE), as GPT-2 does it.
+"""Text into token ids and back: byte-level byte-pair encoding (BPE), as in GPT-2.
 
-Reading order: the text is split into pieces (`PIECES`), the bytes of a piece are merged to tokens
-(`merge`), the `Encoder` does both for a token table, `StreamDecoder` goes back one id at a time,
-`train` learns a token table from text, and `encode_files` turns text files into training data.
+Reading order: `SPLIT_PATTERN` splits a text into pre-tokens, `bpe` merges the bytes of a pre-token
+into tokens, `Encoder` does both and turns ids back into text, `StreamDecoder` does so one id at a
+time, and `train` learns a vocabulary from text. The command line is at the end.
 
     >>> enc = load("124M")
     >>> enc.encode("Hello, world!")
@@ -18,158 +18,142 @@ from __future__ import annotations
 import argparse
 import codecs
 import os
-import re
-import signal
-import sys
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import gpt2_support  # isort: skip (before NumPy: it configures its BLAS)  # noqa: F401
 
 import numpy as np
 import regex
+from numpy.typing import NDArray
 
-from gpt2_support import cli, hub
-from gpt2_support.formats import llmc, token_table
+from gpt2_support import cli, corpus, hub, messages
+from gpt2_support.formats import token_table
+from gpt2_support.formats.token_table import EOT_TEXT
+from gpt2_support.pretokens import WordCache, find_words
 
-if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
-    from collections.abc import Iterable
-    from typing import Any
-
-    Ids = Any  # one id, a list or an array (N,), checked where they come in
-
-# ----------------------------------------------------------------------------------------------
-# Splitting: nothing is ever merged across two pieces, so that "dog." and "dog!" share a token
-
-# GPT-2's pieces: letters, punctuation or digits, each with a space before it, contractions, and
-# whitespace, which leaves its last character to what follows (from OpenAI's encoder.py;
-# Radford et al. 2019, 2.2). Here in the order that is fastest; only that contractions come before
-# punctuation makes a difference.
-PIECES = regex.compile(r" ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+| ?\p{N}+|\s+(?!\S)|\s+")
-
-# No piece goes on from a letter to a non-letter or from a non-space to a space, and none depends on
-# what is before it. So a text can be cut at these places and its parts be split alone: a word is
-# split when first met, then looked up. Words end after ASCII letters, or before a space; SPACE is
-# regex's \s, whereas re's has also \x1c to \x1f. (For this much, `re` is twice as fast as `regex`.)
-SPACE, OTHER = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"
-WORDS = re.compile(rf"{SPACE}*(?:[A-Za-z]+(?:[^\s\x00-\x7f]{OTHER}*)?|{OTHER}+)|{SPACE}+")
-
+TokenIds: TypeAlias = int | np.integer | Sequence[int | np.integer] | NDArray[np.integer]
+Pair: TypeAlias = tuple[int, int]  # the ids of two neighbours
 
 # ----------------------------------------------------------------------------------------------
-# Merging: the bytes of a piece into tokens
+# Splitting: nothing is ever merged across two pre-tokens, so that "dog." and "dog!" share a token
+
+# A pre-token is a run of letters, of digits, or of other characters, each with a space before it;
+# or a contraction; or whitespace, without its last character if a word follows. It is OpenAI's
+# pattern with its alternatives in a faster order.
+SPLIT_PATTERN = regex.compile(
+    r" ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+| ?\p{N}+|\s+(?!\S)|\s+"
+)
+
+# ----------------------------------------------------------------------------------------------
+# Merging: the bytes of a pre-token become tokens
 
 
-def merge(piece: bytes, ids: dict[bytes, int]) -> list[int]:
-    """Return the ids of the tokens that the bytes of a piece merge to; `ids` is {token: id}.
+def bpe(pretoken: bytes, ranks: dict[bytes, int]) -> list[int]:
+    """Return the ids of the tokens into which a pre-token merges; `ranks` is {token: id}.
 
-    While two neighbours join to a token, the pair whose token has the lowest id is merged, of equal
-    pairs the leftmost: the order in which the tokens were learned. With he 256, th 257, the 258:
+    Starts with single bytes and merges one pair of neighbours at a time: the one whose joined bytes
+    are the token with the lowest id, the leftmost of equal pairs. Stops when no pair joins to a
+    token. The ids have the order in which the tokens were learned. With he 256, th 257, the 258:
 
-        t  h  e  m  e      the neighbours th 257 and he 256 are tokens; he is lower
-        t  he    m  e      t + he is the 258
-        the      m  e      the + m and m + e are no tokens, so these three are the result
+        t  h  e  m  e      "th" is 257 and "he" is 256, which is lower
+        t  he    m  e      "the" is 258
+        the      m  e      "them" and "me" are not tokens: these three are the result
 
-    A part is known by where it starts. The queue has every pair that is a token, and some whose
-    parts were merged otherwise since, so that merging n bytes takes O(n log n) steps.
-    Sennrich et al. 2016, arXiv:1508.07909, 3.2.
+    Sennrich et al. 2016, arXiv:1508.07909, section 3.2.
     """
-    n = len(piece)
-    start = list(range(-1, n))  # start[i]: where the part that ends at i starts
-    end = [*range(1, n + 1), n + 1, n + 1]  # end[i]: where the part at i ends; n + 1 is no place
-    queue = []  # (id, i, stop): the part at i and the one after it, up to stop, are token id
+    n = len(pretoken)
+    end = [*range(1, n + 1), n + 1, n + 1]  # end[i]: where the part that starts at i ends
+    start = [*range(-1, n)]  # start[i]: where the part that ends at i starts
+    heap = []  # (id, i, stop) for pairs that are tokens: the lowest id first, then the leftmost
     for i in range(n - 1):
-        if (joined := piece[i : i + 2]) in ids:
-            queue.append((ids[joined], i, i + 2))
-    heapify(queue)
-    while queue:
-        _, i, stop = heappop(queue)
+        if (joined := pretoken[i : i + 2]) in ranks:
+            heap.append((ranks[joined], i, i + 2))
+    heapify(heap)  # n bytes take O(n log n) steps
+    while heap:
+        _, i, stop = heappop(heap)
         middle = end[i]
         if end[middle] != stop:
-            continue
+            continue  # one of the two parts has been merged with another since
         end[i], end[middle], start[stop] = stop, n + 1, i
         left, right = start[i], end[stop]
-        if left >= 0 and (joined := piece[left:stop]) in ids:
-            heappush(queue, (ids[joined], left, stop))
-        if right <= n and (joined := piece[i:right]) in ids:
-            heappush(queue, (ids[joined], i, right))
-    tokens, i = [], 0
+        if left >= 0 and (joined := pretoken[left:stop]) in ranks:
+            heappush(heap, (ranks[joined], left, stop))
+        if right <= n and (joined := pretoken[i:right]) in ranks:
+            heappush(heap, (ranks[joined], i, right))
+    ids, i = [], 0
     while i < n:
-        tokens.append(ids[piece[i : end[i]]])
+        ids.append(ranks[pretoken[i : end[i]]])
         i = end[i]
-    return tokens
+    return ids
 
 
-class Cache(dict):
-    """Remembers what a function of a str returned; `cache[text]` calls it for a new text only.
-
-    Bounded: texts of over 64 characters are not kept, and when 131,072 are, it begins anew.
-    """
-
-    def __init__(self, function):
-        self.function = function
-
-    def __missing__(self, text):
-        result = self.function(text)
-        if len(text) <= 64:
-            if len(self) == 131072:
-                self.clear()
-            self[text] = result
-        return result
+# ----------------------------------------------------------------------------------------------
+# Encoding and decoding
 
 
 class Encoder:
-    """Turns text into token ids and back, given a token table as `load_tokenizer` returns it.
+    """Turns text into token ids and back.
 
-    `tokens` is a list of bytes indexed by id, `eot` the id of the end-of-text token, or None.
+    `tokens` is the vocabulary, a list of bytes indexed by id; `eot` is the id of the end-of-text
+    token, or None.
     """
 
-    def __init__(self, tokens, eot=None):
+    def __init__(self, tokens: Sequence[bytes], eot: int | None = None) -> None:
         self.tokens, self.eot, self.n_vocab = list(tokens), eot, len(tokens)
-        self._ids = {token: id for id, token in enumerate(tokens) if id != eot or len(token) == 1}
-        self._words = Cache(self._encode_word)
+        # Bytes never merge into the end-of-text token, but it may be a single byte.
+        self.ranks = {token: id for id, token in enumerate(tokens) if id != eot or len(token) == 1}
+        self._word_ids = WordCache(self._split_and_merge)
 
-    def _encode_word(self, word):
-        """Return the ids, a tuple, of one of WORDS; most pieces are tokens as they are."""
-        ids = []
-        for piece in PIECES.findall(word):
-            piece = piece.encode()
-            id = self._ids.get(piece)
-            ids += merge(piece, self._ids) if id is None else (id,)
-        return tuple(ids)
+    def __repr__(self) -> str:
+        return f"Encoder(n_vocab={self.n_vocab}, eot={self.eot})"
+
+    def __reduce__(self) -> tuple[type[Encoder], tuple[list[bytes], int | None]]:
+        return type(self), (self.tokens, self.eot)  # a pickle holds the vocabulary alone
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Return the ids (a list) of a text.
+        """Return the ids of a text.
 
-        `<|endoftext|>` in the text is ordinary text, unless `allow_special`: then it is the id
-        `eot`. A lone surrogate, which no UTF-8 can hold, counts as U+FFFD.
+        `<|endoftext|>` in the text is ordinary text, unless `allow_special`: then it becomes the id
+        `eot`. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if not allow_special or self.eot is None:
-            return list(chain.from_iterable(map(self._words.__getitem__, WORDS.findall(text))))
-        documents = text.split(self.tokens[self.eot].decode("utf-8", "surrogateescape"))
-        ids = chain.from_iterable([self.eot, *self.encode(document)] for document in documents)
-        return list(ids)[1:]
+        text = replace_surrogates(text)
+        if allow_special and self.eot is not None:
+            documents = text.split(self.tokens[self.eot].decode("utf-8", "surrogateescape"))
+            ids = chain.from_iterable([self.eot, *self.encode(document)] for document in documents)
+            return list(ids)[1:]
+        # The same as _split_and_merge(text), but faster: see gpt2_support/pretokens.py.
+        return list(chain.from_iterable(map(self._word_ids.__getitem__, find_words(text))))
 
-    def decode_bytes(self, ids: Ids) -> bytes:
+    def _split_and_merge(self, text: str) -> tuple[int, ...]:
+        """Return the ids of the pre-tokens of a text, one after the other."""
+        ids: list[int] = []
+        for pretoken in SPLIT_PATTERN.findall(text):
+            utf8 = pretoken.encode()
+            id = self.ranks.get(utf8)  # most pre-tokens are tokens
+            ids += bpe(utf8, self.ranks) if id is None else (id,)
+        return tuple(ids)
+
+    def decode_bytes(self, ids: TokenIds) -> bytes:
         """Return the bytes of ids: an int, a list, or an array (N,); ValueError if one is unknown.
 
-        They need not be whole characters: a token can end inside one.
+        They can end inside a character, because a token can.
         """
-        ids = np.atleast_1d(ids)
-        if ids.size and (ids.ndim > 1 or ids.dtype.kind not in "iu"):
-            raise ValueError(f"ids of type {ids.dtype} and shape {ids.shape} are not a list of ids")
-        for id in ids.tolist():
+        array = np.atleast_1d(np.asarray(ids))
+        if array.size and (array.ndim > 1 or array.dtype.kind not in "iu"):
+            raise ValueError(
+                f"ids of type {array.dtype} and shape {array.shape} are not a list of ids"
+            )
+        for id in array.tolist():
             if not 0 <= id < self.n_vocab:
                 raise ValueError(f"token id {id} is not in the vocabulary of {self.n_vocab} tokens")
-        return b"".join([self.tokens[id] for id in ids.tolist()])
+        return b"".join([self.tokens[id] for id in array.tolist()])
 
-    def decode(self, ids: Ids) -> str:
+    def decode(self, ids: TokenIds) -> str:
         """Return the text of ids, as `decode_bytes`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
@@ -178,147 +162,163 @@ class Encoder:
         return StreamDecoder(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the token table as llm.c's `tokenizer.bin`."""
+        """Write the vocabulary as llm.c's `tokenizer.bin`."""
         token_table.save_tokenizer(path, self.tokens, self.eot)
 
 
 class StreamDecoder:
-    """Decodes ids as they come: `feed` each id, then `flush`; the texts join to `decode(ids)`.
+    """Decodes ids one at a time: `feed` each id, then `flush`; the texts join to `decode(ids)`.
 
-    Bytes of an incomplete character are held back until the ids that complete it.
+    Holds back the bytes of an incomplete character until the ids that complete it.
     """
 
-    def __init__(self, encoder):
-        self._encoder = encoder
+    def __init__(self, enc: Encoder) -> None:
+        self._enc = enc
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def feed(self, id):
-        """Return the text, possibly none, that one more id completes."""
-        return self._decoder.decode(self._encoder.decode_bytes(id))
+    def feed(self, id: int | np.integer) -> str:
+        """Return the text that one more id completes, which may be empty."""
+        return self._decoder.decode(self._enc.decode_bytes(id))
 
-    def flush(self):
-        """Return what is left at the end: U+FFFD for an incomplete character, otherwise nothing."""
+    def flush(self) -> str:
+        """Return U+FFFD if the ids ended inside a character, otherwise nothing."""
         return self._decoder.decode(b"", final=True)
+
+
+def replace_surrogates(text: str) -> str:
+    """Return a text that UTF-8 can hold: surrogates are joined in pairs, or become U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def load(name: str | Path, models_dir: str | Path = hub.MODELS_DIR) -> Encoder:
     """Return the Encoder of a model in `models_dir`, such as "124M", or of a path.
 
-    The path is a folder or a token table in any format that `load_tokenizer` reads. One of
-    OpenAI's models that is not there yet is downloaded. Raises FileNotFoundError, or ValueError if
-    the table is damaged.
+    The path is a folder or a token table in any format that `load_tokenizer` reads. Downloads one
+    of OpenAI's models if it is not there yet. Raises FileNotFoundError, or ValueError if the table
+    is damaged.
     """
     if Path(name).exists():
         return Encoder(*token_table.load_tokenizer(name))
-    folder = Path(models_dir) / hub.MODEL_ALIASES.get(str(name), name)
+    folder = Path(models_dir) / hub.MODEL_ALIASES.get(str(name), str(name))
     folder = folder if folder.exists() else hub.find_model(name, models_dir)
     return Encoder(*token_table.load_tokenizer(folder))
 
 
 # ----------------------------------------------------------------------------------------------
-# Learning a token table
+# Learning a vocabulary
 
 
 def train(texts: str | Iterable[str], n_vocab: int) -> Encoder:
     """Return an Encoder of `n_vocab` tokens, learned from a text or an iterable of texts.
 
-    The table is 256 bytes, in GPT-2's order, then the merges, most frequent first, then
-    <|endoftext|>, which in the texts separates documents. The texts decide the table, their order
-    does not. Raises ValueError if n_vocab < 257, or if the texts have too few pairs to merge.
+    The vocabulary is the 256 bytes, in GPT-2's order, then the merges, the most frequent pair
+    first, then <|endoftext|>, which separates documents in the texts. The order of the texts does
+    not matter. Raises ValueError if n_vocab < 257, or if the texts have too few pairs to merge.
     Sennrich et al. 2016, arXiv:1508.07909, algorithm 1, on bytes.
 
         >>> train("banana bandana", 260).tokens[256:]
         [b'an', b'ban', b'ana', b'<|endoftext|>']
 
-    because a + n is there four times; then b + an and an + a twice, and b has the lower id.
+    because a + n occurs four times; then b + an and an + a twice, and b has the lower id.
     """
-    return train_on_pieces(count_pieces([texts] if isinstance(texts, str) else texts), n_vocab)
-
-
-def train_on_pieces(pieces: dict[str, int], n_vocab: int) -> Encoder:
-    """Return the Encoder that `train` learns, given {piece: count}."""
     if n_vocab < 257:
-        raise ValueError(
-            f"n_vocab = {n_vocab}: 256 bytes and {token_table.EOT_TEXT} are 257 tokens"
-        )
+        raise ValueError(f"n_vocab = {n_vocab}: 256 bytes and {EOT_TEXT} are 257 tokens")
     tokens = [bytes([byte]) for byte in token_table.bytes_to_unicode()]
-    learn_merges(pieces, tokens, n_vocab - 1)
-    return Encoder([*tokens, token_table.EOT_TEXT.encode()], eot=n_vocab - 1)
+    learn_merges(count_pretokens([texts] if isinstance(texts, str) else texts), tokens, n_vocab - 1)
+    return Encoder([*tokens, EOT_TEXT.encode()], eot=n_vocab - 1)
 
 
-def count_pieces(texts: Iterable[str]) -> Counter[str]:
-    """Return how often each piece occurs in the texts, a Counter {piece: count}."""
+def count_pretokens(texts: Iterable[str]) -> Counter[str]:
+    """Return how often each pre-token occurs in the texts, a Counter {pre-token: count}."""
     words: Counter[str] = Counter()
     for text in texts:
-        for document in text.split(token_table.EOT_TEXT):
-            words.update(WORDS.findall(document))
-    pieces: Counter[str] = Counter()
+        for document in text.split(EOT_TEXT):
+            words.update(find_words(document))
+    counts: Counter[str] = Counter()
     for word, count in words.items():
-        for piece in PIECES.findall(word):
-            pieces[piece] += count
-    return pieces
+        for pretoken in SPLIT_PATTERN.findall(word):
+            counts[pretoken] += count
+    return counts
 
 
-def learn_merges(pieces, tokens, n_tokens):
-    """Append to `tokens` the merges of the most frequent pairs, until there are `n_tokens`.
+def learn_merges(pretokens: Counter[str], tokens: list[bytes], n_tokens: int) -> None:
+    """Append merges of the most frequent pairs to `tokens` until there are `n_tokens`.
 
-    Of equally frequent pairs the one with the lowest ids is first. Tokens of over 255 bytes, which
-    a tokenizer.bin cannot hold, are not made. No token is made twice: bytes that no token crosses
-    into merge alike wherever they stand, so that at any time only one pair joins to the same bytes.
+    Of equally frequent pairs the one with the lowest ids comes first. A token has at most 255
+    bytes, which is what a tokenizer.bin can hold. No token is made twice: at any time, only one
+    pair joins to the same bytes, since bytes between the same boundaries always merge alike.
     """
     from tqdm import tqdm
 
-    ids = {token: id for id, token in enumerate(tokens)}
-    words = [[ids[bytes([byte])] for byte in piece.encode()] for piece in pieces]
-    weights = list(pieces.values())
-    counts, where = Counter(), defaultdict(set)  # {pair: frequency}, {pair: indices into words}
-    for i in range(len(words)):
-        count_pairs(words[i], weights[i], i, counts, where)
-    queue = [(-count, pair) for pair, count in counts.items()]
-    heapify(queue)
+    pairs = PairCounts(pretokens, {token: id for id, token in enumerate(tokens)})
     for new in tqdm(range(len(tokens), n_tokens), "merges", unit=""):
-        pair = pop_most_frequent(queue, counts)
+        pair = pairs.pop_most_frequent()
         if pair is None:
             raise ValueError(
                 f"nothing is left to merge after {new} tokens: give more text, "
                 f"or n_vocab = {new + 1} at most"
             )
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        affected = where.pop(pair)
-        for i in affected:
-            count_pairs(words[i], -weights[i], i, counts, where)
-            words[i] = replace_pair(words[i], pair, new)
-            count_pairs(words[i], weights[i], i, counts, where)
-        for other in {pair for i in affected for pair in pairwise(words[i]) if new in pair}:
-            if len(tokens[other[0]] + tokens[other[1]]) < 256:
-                heappush(queue, (-counts[other], other))
+        for left, right in pairs.merge(pair, new):
+            if len(tokens[left] + tokens[right]) < 256:
+                pairs.push((left, right))
 
 
-def count_pairs(word, weight, i, counts, where):
-    """Add `weight` to the counts of all pairs of neighbours in word number `i`, a list of ids."""
-    for pair in pairwise(word):
-        counts[pair] += weight
-        where[pair].add(i)
+class PairCounts:
+    """The pre-tokens as lists of ids, and how often each pair of neighbours occurs in them."""
+
+    def __init__(self, pretokens: Counter[str], ranks: dict[bytes, int]) -> None:
+        self.words = [[ranks[bytes([byte])] for byte in text.encode()] for text in pretokens]
+        self.weights = list(pretokens.values())
+        self.counts: Counter[Pair] = Counter()
+        self.where: defaultdict[Pair, set[int]] = defaultdict(set)  # indices into words
+        for i, weight in enumerate(self.weights):
+            self.add(i, weight)
+        self.heap = [(-count, pair) for pair, count in self.counts.items()]
+        heapify(self.heap)
+
+    def add(self, i: int, weight: int) -> None:
+        """Add `weight` to the count of each pair of word `i`."""
+        for pair in pairwise(self.words[i]):
+            self.counts[pair] += weight
+            self.where[pair].add(i)
+
+    def merge(self, pair: Pair, new: int) -> set[Pair]:
+        """Replace `pair` by the id `new` in all words; return the pairs in which `new` occurs."""
+        changed = self.where.pop(pair)
+        for i in changed:
+            self.add(i, -self.weights[i])
+            self.words[i] = replace_pair(self.words[i], pair, new)
+            self.add(i, self.weights[i])
+        return {other for i in changed for other in pairwise(self.words[i]) if new in other}
+
+    def push(self, pair: Pair) -> None:
+        """Make `pair` one that `pop_most_frequent` may return."""
+        heappush(self.heap, (-self.counts[pair], pair))
+
+    def pop_most_frequent(self) -> Pair | None:
+        """Return the most frequent pair, or None if there is none.
+
+        A count in the heap may be too high, because merges lower the counts of older pairs; it is
+        never too low, because only pairs with a new id gain.
+        """
+        while self.heap:
+            count, pair = heappop(self.heap)
+            if -count == self.counts[pair]:
+                return pair
+            if self.counts[pair] > 0:
+                self.push(pair)
+        return None
 
 
-def pop_most_frequent(queue, counts):
-    """Return the most frequent pair of a queue of (-count, pair), or None if there is none.
-
-    Counts in the queue may have fallen since; they never rise, as only pairs with a new id do.
-    """
-    while queue:
-        count, pair = heappop(queue)
-        if -count == counts[pair]:
-            return pair
-        if counts[pair] > 0:
-            heappush(queue, (-counts[pair], pair))
-    return None
-
-
-def replace_pair(word, pair, new):
-    """Return a list of ids with `pair`, wherever it stands, from the left, replaced by `new`."""
-    merged = []
-    for id in word:
+def replace_pair(ids: list[int], pair: Pair, new: int) -> list[int]:
+    """Return `ids` with each `pair`, from the left, replaced by `new`."""
+    merged: list[int] = []
+    for id in ids:
         if merged and (merged[-1], id) == pair:
             merged[-1] = new
         else:
@@ -327,154 +327,18 @@ def replace_pair(word, pair, new):
 
 
 # ----------------------------------------------------------------------------------------------
-# Text files of any size
+# The command line: `train` and `encode`
 
 
-CHUNK = 1 << 20  # characters read at a time
-
-# The last place at which a text can be cut before more of it is known: see WORDS. Not after
-# <|endoftext|>, of which only what follows tells whether it is a line of its own.
-LAST_CUT = regex.compile(r"(?r)(?<=\S)(?<!<\|endoftext\|>)\s")
-
-# What stands between two documents.
-SEPARATORS = {
-    "file": re.compile(r"(?!)"),  # nothing within a file
-    "lines": re.compile(r"\r?\n"),
-    "eot": re.compile(r"^<\|endoftext\|>\r?(?:\n|\Z)", re.MULTILINE),
-}
-
-
-def read_chunks(path, chunk_size=CHUNK, report=lambda n_bytes: None):
-    """Yield the text of a file in parts that split into words as the whole would.
-
-    Invalid UTF-8 becomes U+FFFD, line ends stay as they are. `report` is told of the bytes read.
-    Memory is that of `chunk_size` characters, or of the longest stretch without a space.
-    """
-    text, n_bytes = "", 0
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        while new := file.read(max(chunk_size, len(text))):
-            searched, text = len(text), text + new
-            if cut := LAST_CUT.search(text, searched):
-                yield text[: cut.start()]
-                text = text[cut.start() :]
-            report(file.buffer.tell() - n_bytes)
-            n_bytes = file.buffer.tell()
-    yield text
-
-
-def read_documents(paths, docs, chunk_size=CHUNK, report=lambda n_bytes: None):
-    """Yield lists of texts in which None, for <|endoftext|>, stands before each document.
-
-    `docs` tells how files hold documents: each "file" is one; each of its "lines", without the line
-    end; or "eot" lines of only <|endoftext|> are between them. Empty documents are left out. A long
-    document goes on in the next list.
-    """
-    for path in paths:
-        started = False
-        for chunk in read_chunks(path, chunk_size, report):
-            items = []
-            for i, text in enumerate(SEPARATORS[docs].split(chunk)):
-                started = started and i == 0
-                if text and not started:
-                    items.append(None)
-                    started = True
-                if text:
-                    items.append(text)
-            yield items
-
-
-def encode_items(enc, items):
-    """Return the ids of a list from `read_documents`, a uint16 array."""
-    ids = chain.from_iterable([enc.eot] if text is None else enc.encode(text) for text in items)
-    return np.fromiter(ids, np.uint16)
-
-
-def start_worker(tokens, eot):
-    """Prepare a process to run `encode_in_worker`; its parent alone answers Ctrl-C."""
-    global worker_encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    worker_encoder = Encoder(tokens, eot)
-
-
-def encode_in_worker(items):
-    """Return `encode_items` in a process that `start_worker` prepared."""
-    return encode_items(worker_encoder, items)
-
-
-def encode_all(enc, lists, n_procs):
-    """Yield `encode_items` of every list, in order, computed in `n_procs` processes."""
-    if n_procs == 1:
-        yield from (encode_items(enc, items) for items in lists)
-        return
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    start = {"initializer": start_worker, "initargs": (enc.tokens, enc.eot)}
-    with ProcessPoolExecutor(n_procs, mp_context=get_context("spawn"), **start) as pool:
-        ahead = deque()  # so many lists, and no more, are in memory
-        for items in lists:
-            ahead.append(pool.submit(encode_in_worker, items))
-            if len(ahead) > 2 * n_procs:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def encode_files(enc, paths, out, docs="eot", n_procs=1, chunk_size=CHUNK):
-    """Encode text files to a tokens .bin file; return the numbers of tokens, documents and bytes.
-
-    The id of <|endoftext|> stands before each document, as in llm.c's data; `docs` is as in
-    `read_documents`. Up to `n_procs` processes share files of many chunks. Raises ValueError if
-    the table has no end-of-text token, the ids do not fit the file or there is no text, OSError if
-    a file cannot be read.
-    """
-    from tqdm import tqdm
-
-    if enc.eot is None:
-        raise ValueError("this tokenizer has no end-of-text token, to put before each document")
-    n_bytes, n_docs = sum(os.path.getsize(path) for path in paths), 0
-
-    def counted(lists):
-        nonlocal n_docs
-        for items in lists:
-            n_docs += items.count(None)
-            yield items
-        if n_docs == 0:
-            raise ValueError(f"no text in {', '.join(map(str, paths))}: nothing to encode")
-
-    with tqdm(total=n_bytes, desc="encode", unit="B", unit_scale=True) as bar:
-        lists = counted(read_documents(paths, docs, chunk_size, bar.update))
-        arrays = encode_all(enc, lists, min(n_procs, 1 + n_bytes // (8 * chunk_size)))
-        n_tokens = llmc.save_tokens(out, arrays, enc.n_vocab)
-    return n_tokens, n_docs, n_bytes
-
-
-def train_files(paths, n_vocab):
-    """Return the Encoder that `train` learns from text files."""
-    from tqdm import tqdm
-
-    n_bytes = sum(os.path.getsize(path) for path in paths)
-    with tqdm(total=n_bytes, desc="read", unit="B", unit_scale=True) as bar:
-        chunks = chain.from_iterable(read_chunks(path, CHUNK, bar.update) for path in paths)
-        pieces = count_pieces(chunks)
-    return train_on_pieces(pieces, n_vocab)
-
-
-# ----------------------------------------------------------------------------------------------
-# The commands `train` and `encode`
-
-
-def vocabulary_size(text):
+def vocabulary_size(text: str) -> int:
     """Return the n_vocab that a flag was given, for argparse's `type=`."""
     n_vocab = cli.positive_int(text)
     if n_vocab < 257:
-        raise argparse.ArgumentTypeError(
-            f"{n_vocab} is below 257, all bytes and {token_table.EOT_TEXT}"
-        )
+        raise argparse.ArgumentTypeError(f"{n_vocab} is below 257, all bytes and {EOT_TEXT}")
     return n_vocab
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments of `python encoder.py`."""
     parser = cli.ArgumentParser(
         prog="encoder.py",
@@ -487,7 +351,16 @@ def parse_args(argv=None):
         ],
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    sub = commands.add_parser(
+    for command in (add_train_command(commands), add_encode_command(commands)):
+        command.add_argument(
+            "texts", metavar="TEXT", nargs="+", type=Path, help="a text file (UTF-8)"
+        )
+    return parser.parse_args(argv)
+
+
+def add_train_command(commands: argparse._SubParsersAction) -> cli.ArgumentParser:
+    """Return the parser of `python encoder.py train`."""
+    parser = commands.add_parser(
         "train",
         help="learn a tokenizer from text",
         description="Learn a byte-level BPE tokenizer, with GPT-2's way of splitting text. Its "
@@ -498,10 +371,14 @@ def parse_args(argv=None):
             "python encoder.py train part1.txt part2.txt --n_vocab 8192 --out 8192.bin",
         ],
     )
-    sub.add_argument("texts", metavar="TEXT", nargs="+", type=Path, help="a text file (UTF-8)")
-    sub.add_argument("--n_vocab", type=vocabulary_size, default=1024, help="how many tokens")
-    sub.add_argument("--out", type=Path, default="tokenizer.bin", help="the file to write")
-    sub = commands.add_parser(
+    parser.add_argument("--n_vocab", type=vocabulary_size, default=1024, help="how many tokens")
+    parser.add_argument("--out", type=Path, default="tokenizer.bin", help="the file to write")
+    return parser
+
+
+def add_encode_command(commands: argparse._SubParsersAction) -> cli.ArgumentParser:
+    """Return the parser of `python encoder.py encode`."""
+    parser = commands.add_parser(
         "encode",
         help="encode text to token ids",
         description="Encode text files, of any size, to one file of token ids, each document after "
@@ -512,46 +389,35 @@ def parse_args(argv=None):
             "    --docs lines --out names.bin",
         ],
     )
-    sub.add_argument("texts", metavar="TEXT", nargs="+", type=Path, help="a text file (UTF-8)")
-    sub.add_argument(
-        "--tokenizer",
-        type=str,
-        default="124M",
-        help="a tokenizer.bin, tokenizer.json or encoder.json, a folder with one, or the name of "
-        "a model in models/",
-    )
-    sub.add_argument("--out", type=Path, required=True, help="the file to write (required)")
-    sub.add_argument(
-        "--docs",
-        choices=SEPARATORS,
-        default="eot",
-        help="what a document is: a whole file, a line (without its line end), or what lies "
-        "between lines of only <|endoftext|>",
-    )
-    sub.add_argument(
-        "--n_procs", type=cli.positive_int, default=os.cpu_count() or 1, help="processes to use"
-    )
-    return parser.parse_args(argv)
+    add, n_procs = parser.add_argument, os.cpu_count() or 1
+    tables = "a tokenizer.bin, tokenizer.json or encoder.json, a folder with one, or the name of a "
+    add("--tokenizer", type=str, default="124M", help=f"{tables}model in models/")
+    add("--out", type=Path, required=True, help="the file to write (required)")
+    docs = "what a document is: a whole file, a line (without its line end), or what lies between "
+    add("--docs", choices=corpus.SEPARATORS, default="eot", help=f"{docs}lines of only {EOT_TEXT}")
+    add("--n_procs", type=cli.positive_int, default=n_procs, help="processes to use")
+    return parser
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line: `python encoder.py --help`."""
     args = parse_args(argv)
-    n_bytes = sum(os.path.getsize(path) for path in args.texts)
+    n_bytes = corpus.total_bytes(args.texts)
     if args.command == "train":
-        train_files(args.texts, args.n_vocab).save(args.out)
-        print(f"learned {args.n_vocab} tokens from {n_bytes:,} bytes: {args.out}", file=sys.stderr)
+        train(corpus.read_texts(args.texts), args.n_vocab).save(args.out)
+        summary = f"learned {args.n_vocab} tokens from {n_bytes:,} bytes: {args.out}"
     else:
         enc = load(args.tokenizer)
-        n_tokens, n_docs, n_bytes = encode_files(enc, args.texts, args.out, args.docs, args.n_procs)
-        print(
+        counts = corpus.encode_files(enc, args.texts, args.out, args.docs, args.n_procs)
+        n_tokens, n_docs, n_bytes = counts
+        summary = (
             f"{n_tokens:,} tokens in {n_docs:,} documents, {n_bytes / n_tokens:.2f} bytes a token: "
-            f"{args.out}",
-            file=sys.stderr,
+            f"{args.out}"
         )
+    messages.info(summary)
 
 
-def command():
+def command() -> None:
     """Run the installed command `gpt2-tokenize`."""
     cli.run(main)
 

@@ -28,7 +28,7 @@ import numpy as np
 
 import encoder
 import gpt2
-from gpt2_support import checkpoint, cli, datasets, hub, train_cli
+from gpt2_support import checkpoint, cli, corpus, datasets, hub, train_cli
 from gpt2_support.checks import check_tokenizer
 from gpt2_support.data_parallel import (
     DataParallel,
@@ -418,7 +418,7 @@ def load_checkpoint(folder: str | Path, group: ProcessGroup | None = None) -> Tr
     with checkpoint.load_state(folder) as (meta, arrays):
         params = Params(Config(**meta["config"]), arrays["params"])
         config = checkpoint.make_settings(TrainConfig, meta["settings"])
-        if config.docs not in encoder.SEPARATORS:
+        if config.docs not in corpus.SEPARATORS:
             raise ValueError(f"docs = {config.docs!r}")
         optimizer = AdamW(params, group.shard(params.flat.size) if group else None)
         optimizer.m[...] = arrays["m"][optimizer.shard]
@@ -479,7 +479,7 @@ def sample_text(state: TrainState, enc: Encoder) -> str:
     ids = gpt2.generate(
         state.params, prompt, 100, 0.8, seed=state.config.seed, eot=enc.eot, n_vocab=enc.n_vocab
     )
-    return state.config.prompt + enc.decode(list(ids))
+    return state.config.prompt + enc.decode(np.fromiter(ids, int))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -488,7 +488,7 @@ def sample_text(state: TrainState, enc: Encoder) -> str:
 
 def make_parser() -> cli.ArgumentParser:
     """Return the parser of the command line."""
-    return train_cli.make_parser(asdict(TrainConfig()), [*encoder.SEPARATORS])
+    return train_cli.make_parser(asdict(TrainConfig()), [*corpus.SEPARATORS])
 
 
 def parse_args(argv: Sequence[str] | None = None, group: ProcessGroup | None = None) -> Namespace:
@@ -524,15 +524,15 @@ def find_tokenizer(args: Namespace) -> Encoder:
         path = hub.find_model(args.init, args.models_dir)
         return encoder.load(path if path.is_dir() else path.parent)
     if datasets.is_text(args.data):
-        return encoder.load(datasets.learn_tokenizer(args.data, args.n_vocab, encoder.train_files))
+        return encoder.load(datasets.learn_tokenizer(args.data, args.n_vocab, encoder.train))
     return encoder.load(datasets.tokenizer_beside(args.data))
 
 
 def read_tokens(args: Namespace, enc: Encoder) -> tuple[Tokens, Tokens]:
     """Return the ids to train on and to validate with."""
-    tokens = datasets.read_tokens(args.data, enc, args.docs, encoder.encode_files)
+    tokens = datasets.read_tokens(args.data, enc, args.docs)
     if args.val_data:
-        return tokens, datasets.read_tokens(args.val_data, enc, args.docs, encoder.encode_files)
+        return tokens, datasets.read_tokens(args.val_data, enc, args.docs)
     n = len(tokens) - len(tokens) // 10
     return tokens[:n], tokens[n:]
 
@@ -597,7 +597,7 @@ def eval_command(args: Namespace) -> None:
     params = gpt2.load(args.init, args.models_dir)
     enc = find_tokenizer(args)
     check_tokenizer(args.init, params.config, enc.n_vocab)
-    tokens = datasets.read_tokens(args.data, enc, args.docs, encoder.encode_files)
+    tokens = datasets.read_tokens(args.data, enc, args.docs)
     seq_len = args.seq_len or params.config.n_ctx
     stride = args.stride or seq_len
     if not stride <= seq_len <= params.config.n_ctx:

@@ -16,7 +16,7 @@ from pathlib import Path
 import encoder
 import items
 import train
-from gpt2_support import weights
+from gpt2_support import corpus, weights
 from gpt2_support.formats import crc32c, llmc, token_table
 from gpt2_support.params import Config
 
@@ -116,7 +116,7 @@ def make_names(folder, data):
         ]
         path.write_text("\n".join(names), encoding="utf-8")
     enc = encoder.train("", 257)
-    encoder.encode_files(enc, [path], folder / "names.bin", docs="lines")
+    corpus.encode_files(enc, [path], folder / "names.bin", docs="lines")
     return kind
 
 

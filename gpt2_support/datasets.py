@@ -9,22 +9,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gpt2_support import corpus
 from gpt2_support.formats import llmc
 from gpt2_support.messages import info
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Protocol
 
     from jaxtyping import Integer
     from numpy import ndarray
 
-    class Encoder(Protocol):
+    class Encoder(corpus.Encoder, Protocol):
         """What is needed of an encoder.Encoder."""
 
         tokens: list[bytes]
-        eot: int | None
-        n_vocab: int
 
         def save(self, path: Path) -> None: ...
 
@@ -43,16 +42,16 @@ def is_newer(path: Path, source: Path) -> bool:
 
 
 def learn_tokenizer(
-    text: Path, n_vocab: int, train_files: Callable[[list[Path], int], Encoder]
+    text: Path, n_vocab: int, train: Callable[[Iterable[str], int], Encoder]
 ) -> Path:
     """Return the path of the tokenizer of n_vocab tokens learned from a text, and kept beside it.
 
-    `train_files` learns it, unless the file is there and newer than the text.
+    `train` learns it from the text in chunks, unless the file is there and newer than the text.
     """
     path = text.with_name(f"{text.name}.{n_vocab}.tokenizer.bin")
     if not is_newer(path, text):
         info(f"{path}: learning a vocabulary of {n_vocab} tokens from {text}")
-        train_files([text], n_vocab).save(path)
+        train(corpus.read_texts([text]), n_vocab).save(path)
     return path
 
 
@@ -64,9 +63,7 @@ def tokenizer_beside(tokens: Path) -> Path:
     return path
 
 
-def read_tokens(
-    path: Path, enc: Encoder, docs: str, encode_files: Callable
-) -> Integer[ndarray, " N"]:
+def read_tokens(path: Path, enc: Encoder, docs: str) -> Integer[ndarray, " N"]:
     """Return the ids (N,) of a tokens .bin, or of a text file, which is encoded once, beside it.
 
     Raises ValueError for ids that `enc` does not have, or a file made with another vocabulary.
@@ -77,7 +74,7 @@ def read_tokens(
         text, path = path, path.with_name(f"{path.name}.{digest}.bin")
         if not is_newer(path, text):
             info(f"{path}: encoding {text}")
-            encode_files(enc, [text], path, docs, os.cpu_count())
+            corpus.encode_files(enc, [text], path, docs, os.cpu_count() or 1)
     tokens, n_vocab = llmc.load_tokens(path)
     check_vocabulary(path, max_id(tokens), n_vocab, enc.n_vocab)
     return tokens

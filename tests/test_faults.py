@@ -19,7 +19,7 @@ import pytest
 
 import encoder
 import train
-from gpt2_support import files, hub, runlog, weights
+from gpt2_support import corpus, files, hub, runlog, weights
 from gpt2_support.formats import llmc, token_table
 from gpt2_support.params import Config
 
@@ -132,7 +132,7 @@ def jobs(tmp_path):
     return {
         "model": (lambda: llmc.save_params(out / "model.bin", run.params), out),
         "tokenizer": (lambda: enc.save(out / "tokenizer.bin"), out),
-        "tokens": (lambda: encoder.encode_files(enc, text, out / "x.bin"), out),
+        "tokens": (lambda: corpus.encode_files(enc, text, out / "x.bin"), out),
         "convert": (lambda: weights.convert(tmp_path / "source", out), out),
         "convert to hf": (lambda: weights.convert(tmp_path / "source", out, "hf"), out),
         "checkpoint": (lambda: train.save_checkpoint(out, run), out),

@@ -1,0 +1,192 @@
+"""Text files of any size: reading them in chunks, and encoding them into a file of token ids."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2_support.formats import llmc
+from gpt2_support.pretokens import LAST_CUT
+
+CHUNK = 1 << 20  # characters read at a time
+
+# What stands between two documents.
+SEPARATORS = {
+    "file": re.compile(r"(?!)"),  # nothing within a file
+    "lines": re.compile(r"\r?\n"),
+    "eot": re.compile(r"^<\|endoftext\|>\r?(?:\n|\Z)", re.MULTILINE),
+}
+
+Paths = Sequence[Path | str]
+Batch = list[str | None]  # texts in order; None marks the start of a document
+Ids = NDArray[np.uint16]
+Report = Callable[[int], object]  # is called with the number of bytes read since the last call
+
+
+class Encoder(Protocol):
+    """What this room needs of `encoder.Encoder`."""
+
+    eot: int | None
+    n_vocab: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+# ----------------------------------------------------------------------------------------------
+# Reading
+
+
+def total_bytes(paths: Paths) -> int:
+    """Return the size of all files together."""
+    return sum(os.path.getsize(path) for path in paths)
+
+
+def ignore(n_bytes: int) -> None:
+    """Report nothing."""
+
+
+def read_chunks(
+    path: Path | str, chunk_size: int = CHUNK, report: Report = ignore
+) -> Iterator[str]:
+    """Yield the text of a file in chunks that split into the same pre-tokens as the whole text.
+
+    Invalid UTF-8 becomes U+FFFD, and line ends stay as they are.
+    Memory is that of `chunk_size` characters, or of the longest stretch without a space.
+    """
+    text, n_reported = "", 0
+    with open(path, "rb") as file:
+        reader = io.TextIOWrapper(file, "utf-8", errors="replace", newline="")
+        while new := reader.read(max(chunk_size, len(text))):
+            n_searched, text = len(text), text + new
+            if cut := LAST_CUT.search(text, n_searched):
+                yield text[: cut.start()]
+                text = text[cut.start() :]
+            report(file.tell() - n_reported)
+            n_reported = file.tell()
+    yield text
+
+
+def read_texts(paths: Paths) -> Iterator[str]:
+    """Yield the chunks of several files, and show a progress bar."""
+    from tqdm import tqdm
+
+    with tqdm(total=total_bytes(paths), desc="read", unit="B", unit_scale=True) as bar:
+        for path in paths:
+            yield from read_chunks(path, CHUNK, bar.update)
+
+
+def read_documents(
+    paths: Paths,
+    docs: str,
+    chunk_size: int = CHUNK,
+    report: Report = ignore,
+) -> Iterator[Batch]:
+    """Yield lists of texts in which None marks the start of each document, a list for each chunk.
+
+    `docs` is "file" if each file is a document, "lines" if each line is one (without its line end),
+    "eot" if lines of only <|endoftext|> separate documents. Skips empty documents. A long document
+    continues in the next list.
+    """
+    for path in paths:
+        in_document = False
+        for chunk in read_chunks(path, chunk_size, report):
+            batch: Batch = []
+            for i, text in enumerate(SEPARATORS[docs].split(chunk)):
+                in_document = in_document and i == 0
+                if text and not in_document:
+                    batch.append(None)
+                    in_document = True
+                if text:
+                    batch.append(text)
+            yield batch
+
+
+# ----------------------------------------------------------------------------------------------
+# Encoding
+
+
+def encode_batch(enc: Encoder, batch: Batch) -> Ids:
+    """Return the ids of a list from `read_documents`, with `enc.eot` for None."""
+    ids = chain.from_iterable([enc.eot] if text is None else enc.encode(text) for text in batch)
+    return np.fromiter(ids, np.uint16)
+
+
+worker_encoder: Encoder  # of a process that `start_worker` has prepared
+
+
+def start_worker(enc: Encoder) -> None:
+    """Prepare a process for `encode_in_worker`; Ctrl-C is left to its parent."""
+    global worker_encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    worker_encoder = enc
+
+
+def encode_in_worker(batch: Batch) -> Ids:
+    """Return the ids of a list from `read_documents`, in a prepared process."""
+    return encode_batch(worker_encoder, batch)
+
+
+def encode_batches(enc: Encoder, batches: Iterable[Batch], n_procs: int) -> Iterator[Ids]:
+    """Yield the ids of each batch, in order, from `n_procs` processes."""
+    if n_procs == 1:
+        yield from (encode_batch(enc, batch) for batch in batches)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(
+        n_procs, mp_context=get_context("spawn"), initializer=start_worker, initargs=(enc,)
+    ) as pool:
+        pending: deque = deque()  # a few batches only, so that memory is bounded
+        for batch in batches:
+            pending.append(pool.submit(encode_in_worker, batch))
+            if len(pending) > 2 * n_procs:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def encode_files(
+    enc: Encoder,
+    paths: Paths,
+    out: Path | str,
+    docs: str = "eot",
+    n_procs: int = 1,
+    chunk_size: int = CHUNK,
+) -> tuple[int, int, int]:
+    """Encode text files to a tokens .bin file; return the numbers of tokens, documents and bytes.
+
+    The id of <|endoftext|> stands before each document, as in llm.c's data. `docs` is as in
+    `read_documents`. Large files are shared among up to `n_procs` processes. Raises ValueError if
+    `enc` has no end-of-text token, if its ids do not fit the file, or if there is no text, and
+    OSError if a file cannot be read.
+    """
+    from tqdm import tqdm
+
+    if enc.eot is None:
+        raise ValueError("this tokenizer has no end-of-text token, to put before each document")
+    n_bytes, n_docs = total_bytes(paths), 0
+
+    def count_documents(batches: Iterable[Batch]) -> Iterator[Batch]:
+        nonlocal n_docs
+        for batch in batches:
+            n_docs += batch.count(None)
+            yield batch
+        if n_docs == 0:
+            raise ValueError(f"no text in {', '.join(map(str, paths))}: nothing to encode")
+
+    with tqdm(total=n_bytes, desc="encode", unit="B", unit_scale=True) as bar:
+        batches = count_documents(read_documents(paths, docs, chunk_size, bar.update))
+        n_procs = min(n_procs, 1 + n_bytes // (8 * chunk_size))
+        n_tokens = llmc.save_tokens(out, encode_batches(enc, batches, n_procs), enc.n_vocab)
+    return n_tokens, n_docs, n_bytes

@@ -1,0 +1,144 @@
+"""Text files: reading them in chunks, documents, and encoding them in several processes."""
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from texts import EOT, TEXT, awkward_text, examples, with_eot
+
+import encoder
+from gpt2_support import corpus
+from gpt2_support.formats import llmc
+
+
+@pytest.fixture(scope="module")
+def enc():
+    """A small tokenizer, learned from TEXT."""
+    return encoder.train(TEXT, 400)
+
+
+DOCUMENTS = f"""{EOT}
+Once upon a time,\r
+  there   was {EOT} in  a line.
+{EOT}
+{EOT}
+ \n\n  two\n \n\n{EOT} no\nno {EOT}
+\x1c \x1c\x1c  !\x1c {EOT}\r
+don't   we'll\n{EOT}
+"""
+SEPARATED = [
+    f"Once upon a time,\r\n  there   was {EOT} in  a line.\n",
+    f" \n\n  two\n \n\n{EOT} no\nno {EOT}\n\x1c \x1c\x1c  !\x1c {EOT}\r\ndon't   we'll\n",
+]
+
+
+def encoded(enc, path, docs="eot", **kwargs):
+    """Return the ids in the tokens file of a text file."""
+    out = path.with_name("out.bin")
+    n_tokens, n_docs, n_bytes = corpus.encode_files(enc, [path], out, docs, **kwargs)
+    ids, n_vocab = llmc.load_tokens(out)
+    assert n_vocab == enc.n_vocab and n_tokens == len(ids) and n_bytes == path.stat().st_size
+    assert ids.tolist().count(enc.eot) == n_docs
+    return ids.tolist()
+
+
+@pytest.fixture
+def write(tmp_path):
+    """`write(text)` is a new file that holds these characters, or bytes, exactly."""
+
+    def text_file(text, name="text.txt"):
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return tmp_path / name
+
+    return text_file
+
+
+def test_encode_files_puts_end_of_text_before_each_document(enc, write):
+    assert encoded(enc, write(DOCUMENTS)) == with_eot(enc, SEPARATED)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_encode_files_knows_end_of_text_lines_by_any_line_end(enc, write, end):
+    path = write(f"one\r\n{EOT}\r\ntwo\n{EOT}\nthree {EOT}\n{EOT}{end}")
+    documents = ["one\r\n", "two\n", f"three {EOT}\n"]
+    for chunk_size in (1, 7, 1000):
+        assert encoded(enc, path, chunk_size=chunk_size) == with_eot(enc, documents)
+
+
+def test_encode_files_by_line(enc, write):
+    lines = [line for line in DOCUMENTS.replace("\r\n", "\n").split("\n") if line]
+    assert encoded(enc, write(DOCUMENTS), "lines") == with_eot(enc, lines)
+
+
+def test_encode_files_by_file(enc, write, tmp_path):
+    assert encoded(enc, write(DOCUMENTS), "file") == with_eot(enc, [DOCUMENTS])
+    paths = [write("one"), write("", "empty.txt"), write("two", "two.txt")]
+    corpus.encode_files(enc, paths, tmp_path / "out.bin", "file")
+    assert llmc.load_tokens(tmp_path / "out.bin")[0].tolist() == with_eot(enc, ["one", "two"])
+
+
+def test_encode_files_end_a_document_in_every_mode(enc, write, tmp_path):
+    paths = [write("one\n"), write(f"two\n{EOT}\nthree", "two.txt"), write("four", "four.txt")]
+    corpus.encode_files(enc, paths, tmp_path / "out.bin")
+    ids = llmc.load_tokens(tmp_path / "out.bin")[0].tolist()
+    assert ids == with_eot(enc, ["one\n", "two\n", "three", "four"])
+
+
+@given(awkward_text, st.integers(1, 12), st.sampled_from([*corpus.SEPARATORS]))
+@example(DOCUMENTS + TEXT, 1, "eot")
+@example(DOCUMENTS + TEXT, 13, "lines")
+@example(DOCUMENTS + TEXT, 64, "file")
+@examples(4)
+def test_encode_files_gives_the_same_ids_in_any_chunks(
+    tmp_path_factory, enc, text, chunk_size, docs
+):
+    path = tmp_path_factory.getbasetemp() / "awkward.txt"
+    path.write_bytes(text.encode())
+    assert "".join(corpus.read_chunks(path, chunk_size)) == text
+    documents = [document for document in corpus.SEPARATORS[docs].split(text) if document]
+    batches = corpus.read_documents([path], docs, chunk_size)
+    ids = [id for batch in batches for id in corpus.encode_batch(enc, batch).tolist()]
+    assert ids == with_eot(enc, documents)
+
+
+def test_chunks_are_bounded_where_there_are_spaces(write):
+    path = write("word " * 20_000)
+    assert max(map(len, corpus.read_chunks(path, 1000))) < 1100
+
+
+def test_encode_files_gives_the_same_ids_in_several_processes(enc, write):
+    path = write((DOCUMENTS + TEXT) * 20)
+    assert encoded(enc, path, n_procs=2, chunk_size=200) == encoded(enc, path)
+
+
+def test_encode_files_replaces_invalid_utf8(enc, write):
+    assert encoded(enc, write(b"a\xffb \xe2\x82 c\r\n")) == with_eot(enc, ["a\ufffdb \ufffd c\r\n"])
+
+
+def test_encode_files_refuses_files_without_text(enc, write, tmp_path):
+    (tmp_path / "out.bin").write_bytes(b"old")
+    with pytest.raises(ValueError, match=r"no text in .*text\.txt"):
+        corpus.encode_files(enc, [write(f"{EOT}\n{EOT}\n")], tmp_path / "out.bin")
+    assert (tmp_path / "out.bin").read_bytes() == b"old"
+
+
+def test_encode_files_refuses_tables_it_cannot_use(enc, write, tmp_path):
+    path, out = write("text"), tmp_path / "out.bin"
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        corpus.encode_files(encoder.Encoder(enc.tokens[:-1]), [path], out)
+    longer = [bytes([i >> 8, i & 255, 0]) for i in range(65537 - 400)]
+    with pytest.raises(ValueError, match=r"65537.*65536"):
+        corpus.encode_files(encoder.Encoder([*enc.tokens, *longer], enc.eot), [path], out)
+    assert not out.exists()
+
+
+def test_reading_reports_every_byte(write):
+    reported = []
+    path = write("wörter " * 500)
+    assert "".join(corpus.read_chunks(path, 100, reported.append)) == "wörter " * 500
+    assert sum(reported) == corpus.total_bytes([path]) == 4000 and len(reported) > 1
+
+
+def test_read_texts_trains_as_the_text_does(enc, write):
+    paths = [write(TEXT), write(DOCUMENTS, "documents.txt")]
+    learned = encoder.train(corpus.read_texts(paths), 300)
+    assert learned.tokens == encoder.train([TEXT, DOCUMENTS], 300).tokens
