@@ -42,7 +42,7 @@ from gpt2_support.messages import info
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     import argparse
     from collections.abc import Callable, Iterator, Sequence
-    from typing import Any, Literal, SupportsFloat, TypeAlias
+    from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias
 
     from jaxtyping import Float, Integer
     from numpy import ndarray
@@ -560,7 +560,7 @@ class Past(NamedTuple):
 def next_token_probs(
     logits: Logits,
     temperature: SupportsFloat = 1.0,
-    top_k: int | None = None,
+    top_k: SupportsIndex | None = None,
     top_p: SupportsFloat | None = None,
 ) -> tuple[Integer[ndarray, " N"], Float[ndarray, " N"]]:
     """Return the ids that may follow and their probabilities: logits (V,) -> ids (N,), probs (N,).
@@ -589,7 +589,7 @@ def sample(
     logits: Logits,
     rng: Generator,
     temperature: SupportsFloat = 0.0,
-    top_k: int | None = None,
+    top_k: SupportsIndex | None = None,
     top_p: SupportsFloat | None = None,
 ) -> int:
     """Draw an id from `next_token_probs`: logits (V,) -> int."""

@@ -9,7 +9,7 @@ import numpy as np
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     from collections.abc import Collection
-    from typing import Any, Protocol, SupportsFloat
+    from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
     from jaxtyping import Integer
     from numpy import ndarray
@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
 
     from gpt2_support.params import Config
 
+    @runtime_checkable
     class Cache(Protocol):
         """Of a KVCache, the numbers of tokens read so far, one for each row."""
 
@@ -77,13 +78,14 @@ def check_prompts(
     if not is_single and any(np.ndim(prompt) != 1 for prompt in tokens):
         raise ValueError("tokens are neither one list of ids nor a list of such lists")
     start = [] if eot is None else [eot]
-    prompts = [list(prompt) or start.copy() for prompt in ([tokens] if is_single else tokens)]
-    for prompt in prompts:
-        if not prompt:
+    prompts = []
+    for given in [tokens] if is_single else tokens:
+        prompt: Any = given if len(given) else start
+        if not len(prompt):
             raise ValueError("the prompt is empty, and there is no end-of-text token to start from")
         if len(prompt) > config.n_ctx:
             raise ValueError(f"prompt of {len(prompt)} tokens exceeds n_ctx = {config.n_ctx}")
-        check_tokens(config, prompt)
+        prompts.append(check_tokens(config, prompt)[0].tolist())
     return prompts, is_single
 
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ Ids = NDArray[np.uint16]
 Report = Callable[[int], object]  # is called with the number of bytes read since the last call
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What this room needs of `encoder.Encoder`."""
 

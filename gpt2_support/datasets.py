@@ -15,11 +15,12 @@ from gpt2_support.messages import info
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from typing import Protocol
+    from typing import Protocol, runtime_checkable
 
     from jaxtyping import Integer
     from numpy import ndarray
 
+    @runtime_checkable
     class Encoder(corpus.Encoder, Protocol):
         """What is needed of an encoder.Encoder."""
 

@@ -15,16 +15,18 @@ from gpt2_support import blas
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     import argparse
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import Protocol, TypeAlias
+    from typing import Protocol, TypeAlias, runtime_checkable
 
     from numpy import ndarray
 
+    @runtime_checkable
     class Decoder(Protocol):
         """Decodes ids one at a time, as encoder.StreamDecoder does."""
 
         def feed(self, id: int) -> str: ...
         def flush(self) -> str: ...
 
+    @runtime_checkable
     class Encoder(Protocol):
         """What is needed of an encoder.Encoder."""
 
@@ -174,7 +176,9 @@ def explain(enc: Encoder, id: int, ids: ndarray, probs: ndarray) -> str:
     """
     n_shown = max(1, (shutil.get_terminal_size().columns - 19) // 20)
     order = [*np.flatnonzero(ids == id), *np.argsort(-probs, kind="stable")[:n_shown]]
-    drawn, *others = (f"{token_column(enc, ids[i])} {percent(probs[i]):>6}" for i in order)
+    drawn, *others = (
+        f"{token_column(enc, int(ids[i]))} {percent(float(probs[i])):>6}" for i in order
+    )
     return f"{drawn} | {'  '.join(others)}"
 
 

@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ import encoder
 import gpt2
 from gpt2_support import blas, hub, streaming, tiles, weights
 from gpt2_support.formats import llmc, token_table
-from gpt2_support.params import Config, Params, n_params
+from gpt2_support.params import Config, LayerNorm, Params, n_params
 
 pytestmark = pytest.mark.filterwarnings("error")  # an overflow or an invalid value is a failure
 
@@ -581,7 +580,7 @@ def test_gelu_equals_its_formula():
 
 def test_layer_norm_gives_mean_0_and_variance_1():
     x = 100 * normal(5, 64) + 1000
-    p = SimpleNamespace(g=np.ones(64), b=np.zeros(64))
+    p = LayerNorm(g=np.ones(64), b=np.zeros(64))
     out, _ = gpt2.layer_norm(x, p)
     np.testing.assert_allclose(out.mean(-1), 0, atol=1e-13)
     np.testing.assert_allclose(out.var(-1), 1, atol=1e-8)  # not exactly: eps counts
