@@ -7,7 +7,7 @@ import pytest
 import encoder
 import gpt2
 import train
-from gpt2_support import folders, hub
+from gpt2_support import folders, hub, train_cli
 
 
 @pytest.fixture
@@ -69,7 +69,8 @@ def test_trained_models_never_go_to_the_cache(installed, tmp_path):
     cache = folders.default_models_dir()
 
     def out(*flags):
-        return train.out_folder(train.make_parser().parse_args(["--data", "a/fish.txt", *flags]))
+        args = train.make_parser().parse_args(["--data", "a/fish.txt", *flags])
+        return train_cli.out_folder(args)
 
     assert out("--models_dir", str(cache)) == Path("models/fish")
     assert out("--models_dir", str(tmp_path)) == tmp_path / "fish"
