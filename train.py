@@ -169,7 +169,7 @@ class DataLoader:
         n_pass, i = divmod(window, self.n_windows)
         if n_pass != self._pass:
             self._pass, self._starts = n_pass, self._cut(n_pass)
-        return self._starts[i]
+        return int(self._starts[i])
 
     def _cut(self, n_pass: int) -> Integer[ndarray, " n_windows"]:
         """Return where the windows of a pass start, in the order of reading."""
@@ -528,7 +528,7 @@ def find_tokenizer(args: Namespace) -> Encoder:
     return encoder.load(datasets.tokenizer_beside(args.data))
 
 
-def read_tokens(args: Namespace, enc: Encoder) -> tuple[Tokens, Tokens]:
+def read_tokens(args: Namespace, enc: Encoder) -> tuple[ndarray, ndarray]:
     """Return the ids to train on and to validate with."""
     tokens = datasets.read_tokens(args.data, enc, args.docs)
     if args.val_data:

@@ -7,9 +7,9 @@ from gpt2_support import datasets
 
 
 def test_one_token_is_too_few_to_validate_with():
-    datasets.check_validation(np.zeros(2))
+    datasets.check_validation(np.zeros(2, int))
     with pytest.raises(ValueError, match="1 tokens to validate with: give more text"):
-        datasets.check_validation(np.zeros(1))
+        datasets.check_validation(np.zeros(1, int))
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**24 + 1])

@@ -360,8 +360,13 @@ def test_training_resumes_bit_for_bit(tmp_path):
 
 
 def test_batches_of_the_steps_are_all_batches_in_their_order(monkeypatch):
-    numbers = []
-    monkeypatch.setattr(train.DataLoader, "batch", lambda self, number: numbers.append(number))
+    numbers, batch = [], train.DataLoader.batch
+
+    def counting(self, number):
+        numbers.append(number)
+        return batch(self, number)
+
+    monkeypatch.setattr(train.DataLoader, "batch", counting)
     loader = train.DataLoader(uint16_tokens(300), make_config(grad_accum=2))
     assert [len(loader.batches(step)) for step in range(3)] == [2, 2, 2]
     assert numbers == [0, 1, 2, 3, 4, 5]
