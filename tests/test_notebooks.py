@@ -1,9 +1,10 @@
-"""Tests of notebooks/: each runs from start to end, and is committed with its outputs.
+"""Tests of notebooks/: each is committed with its outputs, and a thorough run executes it.
 
-After a notebook has been edited, `python tests/test_notebooks.py notebooks/NAME.ipynb` runs it and
-writes it back with its new outputs and without what only makes differences noisy.
+After you have edited a notebook, `python tests/test_notebooks.py notebooks/NAME.ipynb` runs it and
+writes it back with its new outputs, and without metadata, which makes differences noisy.
 """
 
+import ast
 import base64
 import importlib.util
 import json
@@ -34,14 +35,15 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 def execute(path, folder):
     """Return a notebook with new outputs, run in a copy of the project: `folder`, which is empty.
 
-    The copy has the modules, the notebooks and the bundled model only, so that what a notebook
-    shows does not depend on what else is there; the kernel is this Python.
+    The copy has the modules, the notebooks and the bundled model only, so that the outputs do not
+    depend on what else is there; the kernel is this Python.
     """
     import nbclient
     import nbformat
 
     for module in ROOT.glob("*.py"):
         shutil.copy(module, folder)
+    shutil.copytree(ROOT / "gpt2_support", folder / "gpt2_support")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
     shutil.copytree(ROOT / "models" / "stories", folder / "models" / "stories")
     kernel = folder / "jupyter" / "kernels" / "python3"
@@ -70,13 +72,13 @@ def pictures(cell):
     return [base64.b64decode(item["image/png"]) for item in data if "image/png" in item]
 
 
-def kinds(notebook):
-    """Return {cell id: the kinds of its outputs}."""
-    kind = {cell["id"]: [] for cell in code_cells(notebook)}
+def output_types(notebook):
+    """Return {cell id: the types of its outputs, such as "stdout" or ["image/png"]}."""
+    types = {cell["id"]: [] for cell in code_cells(notebook)}
     for cell in code_cells(notebook):
         for output in cell["outputs"]:
-            kind[cell["id"]].append(output.get("name") or sorted(output.get("data", [])))
-    return kind
+            types[cell["id"]].append(output.get("name") or sorted(output.get("data", [])))
+    return types
 
 
 def to_text(notebook):
@@ -84,6 +86,7 @@ def to_text(notebook):
     return json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
+@pytest.mark.thorough
 @each_notebook
 def test_notebook_runs_from_start_to_end(path, tmp_path):
     for package in ("nbclient", "ipykernel", "matplotlib"):
@@ -91,7 +94,21 @@ def test_notebook_runs_from_start_to_end(path, tmp_path):
             pytest.skip(f"{package} is not installed (the extra `notebook` has it)")
     committed = json.loads(path.read_text(encoding="utf-8"))
     executed = execute(path, tmp_path)  # raises an error if a cell does
-    assert kinds(executed) == kinds(committed), "committed outputs are not those of the cells"
+    assert output_types(executed) == output_types(committed), "run the notebook again"
+
+
+@each_notebook
+def test_notebook_uses_names_that_exist(path):
+    """Finds what a change of names has broken, in no time."""
+    modules = {name: importlib.import_module(name) for name in ("encoder", "gpt2", "train")}
+    for cell in code_cells(json.loads(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(ast.parse("".join(cell["source"]))):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("gpt2_support"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = modules.get(node.value.id)
+                assert module is None or hasattr(module, node.attr), ast.unparse(node)
 
 
 def test_every_notebook_is_found():
@@ -116,9 +133,9 @@ def test_notebook_is_committed_with_all_outputs(path):
 @each_notebook
 def test_notebook_pictures_are_large_enough_to_read(path):
     cells = code_cells(json.loads(path.read_text(encoding="utf-8")))
-    found = [picture for cell in cells for picture in pictures(cell)]
-    assert found
-    for picture in found:
+    images = [picture for cell in cells for picture in pictures(cell)]
+    assert images
+    for picture in images:
         assert picture.startswith(b"\x89PNG\r\n\x1a\n")
         width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
         assert 400 <= width <= 1600 and 200 <= height <= 1600
@@ -130,7 +147,7 @@ def test_notebook_holds_no_path_of_a_machine(path):
         texts = ["".join(cell["source"])]
         for output in cell.get("outputs", []):
             data = {
-                kind: text for kind, text in output.get("data", {}).items() if "image" not in kind
+                mime: text for mime, text in output.get("data", {}).items() if "image" not in mime
             }
             texts.append("".join(output.get("text", [])) + json.dumps(data))
         for text in texts:
