@@ -246,8 +246,8 @@ def test_ranks_have_the_losses_of_one_process(mpi, alone, tmp_path, n):
         np.testing.assert_allclose(actual[case], alone[case], rtol=1e-8)
 
 
-def test_command_on_two_ranks_does_what_one_process_does(mpi, run, fish, text):
-    one = run(*fish("--out", text.parent / "one"))
+def test_command_on_two_ranks_does_what_one_process_does(mpi, call, fish, text):
+    one = call(train, *fish("--out", text.parent / "one")[1:])
     two = mpi(2, *fish())
     sharded = mpi(2, *fish("--out", text.parent / "sharded", "--shard"))
     for done in (one, two, sharded):
@@ -521,12 +521,12 @@ def test_scaling_model_is_its_formula(scaling):
     assert scaling.step_time(c, 1, 8.0, 1e9) == 8.0  # nobody to send to
 
 
-def test_scaling_predict_prints_tables(run, tmp_path):
+def test_scaling_predict_prints_tables(scaling, capsys, tmp_path):
     picture = tmp_path / "scaling.png"
     plot = ["--plot", picture] * (importlib.util.find_spec("matplotlib") is not None)
-    done = run("benchmarks/scaling.py", "predict", "--gbits", 10, "--gflops", 1000, *plot)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ") for line in done.stdout.splitlines() if re.match(r"\| \d", line)]
+    scaling.main(["predict", "--gbits", "10", "--gflops", "1000", *map(str, plot)])
+    output = capsys.readouterr().out
+    rows = [line.split(" | ") for line in output.splitlines() if re.match(r"\| \d", line)]
     assert [row[0] for row in rows] == [f"| {n}" for n in (8, 16, 32, 64, 128, 256, 512)] * 2
     efficiencies = [int(re.search(r"(\d+)%", row[1])[1]) for row in rows[:7]]
     assert efficiencies == sorted(efficiencies, reverse=True)
