@@ -9,7 +9,7 @@ import encoder
 import gpt2
 import train
 import utils
-from gpt2_support import __version__, cli, folders, weights_cli
+from gpt2_support import __version__, cli, encoder_cli, folders, gpt2_cli, weights_cli
 
 COMMANDS = [
     (utils,),
@@ -23,8 +23,8 @@ COMMANDS = [
 ]
 PARSERS = {
     "utils.py": weights_cli.parse_args,
-    "encoder.py": encoder.parse_args,
-    "gpt2.py": gpt2.parse_args,
+    "encoder.py": encoder_cli.parse_args,
+    "gpt2.py": gpt2_cli.parse_args,
     "train.py": lambda argv: train.make_parser().parse_args(argv),  # does not look at the files
 }
 each_command = pytest.mark.parametrize(
