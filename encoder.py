@@ -270,29 +270,29 @@ class PairCounts:
     """The pre-tokens as lists of ids, and how often each pair of neighbours occurs in them."""
 
     def __init__(self, pretokens: Counter[str], ranks: dict[bytes, int]) -> None:
-        self.words = [[ranks[bytes([byte])] for byte in text.encode()] for text in pretokens]
+        self.pretokens = [[ranks[bytes([b])] for b in text.encode()] for text in pretokens]
         self.weights = list(pretokens.values())
         self.counts: Counter[Pair] = Counter()
-        self.where: defaultdict[Pair, set[int]] = defaultdict(set)  # indices into words
+        self.where: defaultdict[Pair, set[int]] = defaultdict(set)  # indices of pre-tokens
         for i, weight in enumerate(self.weights):
             self.add(i, weight)
         self.heap = [(-count, pair) for pair, count in self.counts.items()]
         heapify(self.heap)
 
     def add(self, i: int, weight: int) -> None:
-        """Add `weight` to the count of each pair of word `i`."""
-        for pair in pairwise(self.words[i]):
+        """Add `weight` to the count of each pair in pre-token number `i`."""
+        for pair in pairwise(self.pretokens[i]):
             self.counts[pair] += weight
             self.where[pair].add(i)
 
     def merge(self, pair: Pair, new: int) -> set[Pair]:
-        """Replace `pair` by the id `new` in all words; return the pairs in which `new` occurs."""
+        """Replace `pair` by the id `new` everywhere; return the pairs that contain `new`."""
         changed = self.where.pop(pair)
         for i in changed:
             self.add(i, -self.weights[i])
-            self.words[i] = replace_pair(self.words[i], pair, new)
+            self.pretokens[i] = replace_pair(self.pretokens[i], pair, new)
             self.add(i, self.weights[i])
-        return {other for i in changed for other in pairwise(self.words[i]) if new in other}
+        return {other for i in changed for other in pairwise(self.pretokens[i]) if new in other}
 
     def push(self, pair: Pair) -> None:
         """Make `pair` one that `pop_most_frequent` may return."""
