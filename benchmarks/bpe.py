@@ -14,7 +14,7 @@ def read_text(job, name="text.txt"):
 
 
 def make_encoding(job):
-    """Return tiktoken's Encoding of our token table, with its own pattern for GPT-2's pieces."""
+    """Return tiktoken's Encoding of our token table, with its own split pattern of GPT-2."""
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 

@@ -64,9 +64,15 @@ GROUPS = [  # module, functions (a regular expression), the nearest tests, all t
     ),
     (
         "encoder.py",
-        r"load|read_chunks|read_documents|encode_items|decode|decode_bytes|feed|flush",
-        ["test_encoder.py", "-k", "chunk or files or decode or load or stream"],
-        [["test_encoder.py"]],
+        r"bpe|load|decode|decode_bytes|feed|flush",
+        ["test_encoder.py", "-k", "bpe or decode or load or stream"],
+        [["test_encoder.py"], ["test_token_table.py"]],
+    ),
+    (
+        "gpt2_support/corpus.py",
+        r"read_.*|encode_.*",
+        ["test_corpus.py"],
+        [["test_corpus.py"], ["test_encoder.py"]],
     ),
 ]
 SWAPS = {
