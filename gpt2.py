@@ -229,7 +229,7 @@ def attention(
     q, k, v = split_heads(qkv, 3, n_head)  # (B, H, T, D) each
     if past is not None:
         k, v = past.update(k, v, positions)  # (B, H, S, D)
-    out, att = tiles.attend(scaled_dot_product_attention, q, k, v, positions)
+    out, att = tiles.apply(scaled_dot_product_attention, q, k, v, positions)
     out, heads = linear(merge_heads(out), p.c_proj)  # (B, T, C)
     return out, AttentionCache(x, q, k, v, att, heads)
 
@@ -241,7 +241,7 @@ def attention_backward(
     x, q, k, v, att, heads = cache
     dheads = linear_backward(dout, heads, p.c_proj, d.c_proj)
     (dout,) = split_heads(dheads, 1, n_head)
-    dq, dk, dv = tiles.attend_backward(scaled_dot_product_attention_backward, dout, q, k, v, att)
+    dq, dk, dv = tiles.apply_backward(scaled_dot_product_attention_backward, dout, q, k, v, att)
     dqkv = np.concatenate([merge_heads(dx) for dx in (dq, dk, dv)], axis=-1)  # (B, T, 3C)
     return linear_backward(dqkv, x, p.c_attn, d.c_attn)
 

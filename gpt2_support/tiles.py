@@ -32,7 +32,7 @@ class Tile(NamedTuple):
     att: Float[ndarray, "B h t s"]
 
 
-def attend(
+def apply(
     attention: Callable[..., tuple[ndarray, ndarray]],
     q: Queries,
     k: Keys,
@@ -44,7 +44,7 @@ def attend(
     out = np.empty((B, T, H, D), q.dtype).swapaxes(1, 2)  # in this order merging heads is free
     tiles = []
 
-    def attend_heads(heads: slice) -> None:
+    def apply_to_heads(heads: slice) -> None:
         for start in range(0, T, QUERIES):
             queries = slice(start, start + QUERIES)
             S = positions[:, queries].max() + 1
@@ -53,11 +53,11 @@ def attend(
             )
             tiles.append(Tile(heads, queries, att))
 
-    blas.parallel_for(attend_heads, H, work=q.size * k.shape[2])
+    blas.parallel_for(apply_to_heads, H, work=q.size * k.shape[2])
     return out, tiles
 
 
-def attend_backward(
+def apply_backward(
     attention_backward: Callable[..., tuple[ndarray, ndarray, ndarray]],
     dout: Queries,
     q: Queries,
@@ -69,7 +69,7 @@ def attend_backward(
     dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
     starts = sorted({tile.heads.start for tile in tiles})
 
-    def attend_heads_backward(part: slice) -> None:
+    def apply_to_group(part: slice) -> None:
         for heads, queries, att in (tile for tile in tiles if tile.heads.start in starts[part]):
             S = att.shape[-1]
             cache = q[:, heads, queries], k[:, heads, :S], v[:, heads, :S], att
@@ -78,7 +78,7 @@ def attend_backward(
             dk[:, heads, :S] += dk_
             dv[:, heads, :S] += dv_
 
-    blas.parallel_for(attend_heads_backward, len(starts), work=q.size * k.shape[2])
+    blas.parallel_for(apply_to_group, len(starts), work=q.size * k.shape[2])
     return dq, dk, dv
 
 

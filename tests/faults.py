@@ -202,8 +202,8 @@ class Convert:
     def check(self):
         """The target is the old model or the new one, whole."""
         name = {"bin": "model.bin", "hf": "model.safetensors"}[self.to]
-        found = (self.target / name).read_bytes()
-        assert found in [good[name] for good in self.good], "neither the old nor the new model"
+        actual = (self.target / name).read_bytes()
+        assert actual in [good[name] for good in self.good], "neither the old nor the new model"
         config, _, _ = weights.open_model(self.target)
         assert weights.open_tokenizer(self.target, config) is not None
 
@@ -264,9 +264,9 @@ def finish(job, exitcode, expected):
     """See that a job ended well, with the expected result and nothing else."""
     assert exitcode == 0, f"{type(job).__name__} failed with {exitcode}"
     expected = job.expected() if hasattr(job, "expected") else expected
-    found = job.result()
-    if found != expected:
-        names = [sorted(x) if isinstance(x, dict) else "" for x in (found, expected)]
+    actual = job.result()
+    if actual != expected:
+        names = [sorted(x) if isinstance(x, dict) else "" for x in (actual, expected)]
         raise AssertionError(f"another result than an undisturbed run's: {names}")
     assert not leftovers(job.folder())
 

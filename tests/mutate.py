@@ -124,9 +124,9 @@ def walk(node):
 
 def sites(tree, functions):
     """Return (function, node) of everything to change in the functions of a module."""
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    found = [function for function in found if re.fullmatch(functions, function.name)]
-    return [(function, node) for function in found for node in walk(function)]
+    actual = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    actual = [function for function in actual if re.fullmatch(functions, function.name)]
+    return [(function, node) for function in actual for node in walk(function)]
 
 
 def make_mutants():

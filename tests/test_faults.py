@@ -158,12 +158,12 @@ def test_full_disk_is_a_clear_error_and_nothing_is_lost(name, jobs, tmp_path):
     for size in (0, 1, 100, 1500, largest // 2, largest - 1):
         error = outcome(function, lambda size=size: limit_files(size))
         assert error.startswith("OSError: [Errno 27] File too large: ") and str(out) in error
-        found = faults.read_files(out)
-        assert found.keys() == old.keys(), f"at {size} bytes: {sorted(found)}"
+        actual = faults.read_files(out)
+        assert actual.keys() == old.keys(), f"at {size} bytes: {sorted(actual)}"
         for file in old:  # of several files some may be new already, but each is whole
-            assert found[file] in (old[file], whole[file]) or file == "state.npz"
+            assert actual[file] in (old[file], whole[file]) or file == "state.npz"
         if name != "checkpoint" and len(old) == 1:
-            assert found == old
+            assert actual == old
     function()
     assert without_time(faults.read_files(out)) == without_time(whole)
 
@@ -268,8 +268,8 @@ def test_several_processes_downloading_at_once_all_succeed(site, tmp_path, n):
     names = [path.name for path in models.rglob("*")]
     assert sorted(names) == ["124M", "model.bin", "tokenizer.bin"]
     for name, array in openai_files.random_arrays(TINY).items():
-        found = llmc.load_params(models / "124M").named[name]
-        np.testing.assert_array_equal(found, array[0].T if name.endswith("/w") else array)
+        actual = llmc.load_params(models / "124M").named[name]
+        np.testing.assert_array_equal(actual, array[0].T if name.endswith("/w") else array)
 
 
 def test_process_that_waited_for_one_that_failed_downloads_itself(site, tmp_path):

@@ -72,10 +72,10 @@ def numeric_gradient(function, x, step=5e-4):
     return gradient
 
 
-def assert_gradient(found, numeric, name=""):
+def assert_gradient(actual, numeric, name=""):
     """Every element within 1e-7 of its own size, or within rounding: 1e-9 of the largest."""
     largest = np.abs(numeric).max(initial=0)
-    np.testing.assert_allclose(found, numeric, rtol=1e-7, atol=1e-9 * largest, err_msg=name)
+    np.testing.assert_allclose(actual, numeric, rtol=1e-7, atol=1e-9 * largest, err_msg=name)
 
 
 def check_backward(forward, backward, inputs, params=None, under="nothing"):
@@ -93,10 +93,10 @@ def check_backward(forward, backward, inputs, params=None, under="nothing"):
     def loss():
         return float((weights * forward(*inputs)[0]).sum())
 
-    found = backward(weights.copy(), cache, grads)
-    found = found if isinstance(found, tuple) else (found,)
+    actual = backward(weights.copy(), cache, grads)
+    actual = actual if isinstance(actual, tuple) else (actual,)
     if inputs:
-        for x, dx in zip(inputs, found, strict=True):
+        for x, dx in zip(inputs, actual, strict=True):
             assert dx.shape == x.shape
             assert_gradient(dx, numeric_gradient(loss, x))
     if params:
@@ -166,20 +166,20 @@ def test_softmax_gradient_is_numeric():
     )
 
 
-def attend(q, k, v, positions):
+def tiled(q, k, v, positions):
     """Attention in tiles, as a forward of the usual form."""
-    out, att = tiles.attend(gpt2.scaled_dot_product_attention, q, k, v, positions)
+    out, att = tiles.apply(gpt2.scaled_dot_product_attention, q, k, v, positions)
     return out, (q, k, v, att)
 
 
-def attend_backward(dout, cache):
+def tiled_backward(dout, cache):
     backward = gpt2.scaled_dot_product_attention_backward
-    return tiles.attend_backward(backward, dout, *cache)
+    return tiles.apply_backward(backward, dout, *cache)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def several_blocks():
-    """Let the short sequences of these tests, too, be attended to in several blocks of queries."""
+    """Let the short sequences of these tests, too, have several tiles."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "QUERIES", 2)
         yield
@@ -196,8 +196,8 @@ def test_attend_gradient_is_numeric(monkeypatch, positions, n_rows):
     q, k, v = normal(2, 2, 3, 4), normal(2, 2, 5, 4, seed=3), normal(2, 2, 5, 4, seed=4)
     positions = np.array(positions)
     check_backward(
-        lambda q, k, v: attend(q, k, v, positions),
-        lambda dout, cache, d: attend_backward(dout, cache),
+        lambda q, k, v: tiled(q, k, v, positions),
+        lambda dout, cache, d: tiled_backward(dout, cache),
         (q, k, v),
     )
 
@@ -206,8 +206,8 @@ def test_attend_gradient_is_numeric(monkeypatch, positions, n_rows):
 def test_attention_in_threads_gives_the_same_bits(monkeypatch, n_threads):
     q, k, v = normal(2, 3, 9, 4), normal(2, 3, 11, 4, seed=3), normal(2, 3, 11, 4, seed=4)
     positions, dout = np.arange(2, 11)[None], normal(2, 3, 9, 4, seed=5)
-    out, cache = attend(q, k, v, positions)
-    expected = [out, *attend_backward(dout, cache)]
+    out, cache = tiled(q, k, v, positions)
+    expected = [out, *tiled_backward(dout, cache)]
     names, threads = set(), [n_threads]
 
     def softmax(scores, softmax=gpt2.softmax):
@@ -218,8 +218,8 @@ def test_attention_in_threads_gives_the_same_bits(monkeypatch, n_threads):
     monkeypatch.setattr(gpt2, "softmax", softmax)
     monkeypatch.setattr(blas, "get_threads", lambda: threads[-1])
     monkeypatch.setattr(blas, "set_threads", threads.append)
-    out, cache = attend(q, k, v, positions)
-    for actual, same in zip([out, *attend_backward(dout, cache)], expected, strict=True):
+    out, cache = tiled(q, k, v, positions)
+    for actual, same in zip([out, *tiled_backward(dout, cache)], expected, strict=True):
         np.testing.assert_array_equal(actual, same)
     assert len(names) > 1
     assert threads == [n_threads, 1, n_threads, 1, n_threads]
@@ -234,12 +234,12 @@ def test_a_product_of_few_rows_is_the_product(monkeypatch, n_threads, n_rows, n_
     monkeypatch.setattr(blas, "has_small_kernels", lambda: True)
     monkeypatch.setattr(blas, "get_threads", lambda: n_threads)
     x, w = normal(n_rows, 40), normal(n_out, 40, seed=3)
-    found = blas.matmul(x, w.T)
-    assert found.flags.c_contiguous
-    np.testing.assert_allclose(found, x @ w.T, rtol=0, atol=1e-13)
-    found = blas.matmul(x.astype(np.float32), w.astype(np.float32).T)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, x @ w.T, rtol=0, atol=1e-4)
+    actual = blas.matmul(x, w.T)
+    assert actual.flags.c_contiguous
+    np.testing.assert_allclose(actual, x @ w.T, rtol=0, atol=1e-13)
+    actual = blas.matmul(x.astype(np.float32), w.astype(np.float32).T)
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, x @ w.T, rtol=0, atol=1e-4)
 
 
 def test_few_rows_are_taken_apart_only_for_kernels_that_are_made_for_it(monkeypatch):
@@ -368,6 +368,7 @@ def test_transformer_gradient_is_numeric():  # of one layer; the loss, below, is
     )
 
 
+@pytest.mark.thorough
 def test_loss_gradient_is_numeric_for_every_parameter(monkeypatch):
     monkeypatch.setattr(gpt2, "LM_HEAD_ROWS", 4)
     params = random_params(MINI)
@@ -413,8 +414,8 @@ def test_grads_accumulate_over_batches():
     total = Params(CONFIG, np.zeros_like(params.flat))
     parts = []
     for tokens_b, targets_b in zip(tokens, targets, strict=True):
-        loss, found = gpt2.loss_and_grads(params, tokens_b, targets_b, grads=total)
-        assert found is total
+        loss, actual = gpt2.loss_and_grads(params, tokens_b, targets_b, grads=total)
+        assert actual is total
         parts.append((loss, gpt2.loss_and_grads(params, tokens_b, targets_b)[1].flat))
     scale = np.abs(total.flat).max()
     summed = parts[0][1] + parts[1][1]
@@ -564,12 +565,12 @@ def test_record_through_a_cache_stays_as_it_was():
     kv.buffer[...] = 0
     for name, array in whole.items():
         assert (first[name] == before[name]).all(), name
-        found = rest[name]
+        actual = rest[name]
         if name.endswith("attn.att"):
             array = array[:, 8:]
         elif not name.endswith(("attn.k", "attn.v")):
-            found = np.concatenate([first[name], found], axis=-2)
-        np.testing.assert_allclose(found, array, rtol=1e-10, atol=1e-12, err_msg=name)
+            actual = np.concatenate([first[name], actual], axis=-2)
+        np.testing.assert_allclose(actual, array, rtol=1e-10, atol=1e-12, err_msg=name)
 
 
 def test_gelu_equals_its_formula():
@@ -971,9 +972,9 @@ def reference_probs(logits, temperature, top_k=None, top_p=None):
 def test_sample_at_temperature_0_is_argmax_and_draws_nothing():
     rng = FakeRng(0.5)
     logits = normal(61).astype(np.float32)
-    found = gpt2.sample(logits, rng, 0.0, top_k=5, top_p=0.5)
-    assert found == logits.argmax()
-    assert type(found) is int
+    actual = gpt2.sample(logits, rng, 0.0, top_k=5, top_p=0.5)
+    assert actual == logits.argmax()
+    assert type(actual) is int
     assert rng.calls == 0
     assert gpt2.sample(np.array([1.0, 7.0, 7.0]), rng) == 1  # of equal ones the first
 
@@ -992,7 +993,7 @@ SAMPLINGS = [
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_distribution_gives_the_ids_kept_and_their_probabilities(sampling):
+def test_next_token_probs_gives_the_ids_kept_and_their_probabilities(sampling):
     logits = 2 * normal(12)
     expected = reference_probs(logits, **sampling)
     ids, probs = gpt2.next_token_probs(logits, **sampling)
@@ -1004,22 +1005,25 @@ def test_distribution_gives_the_ids_kept_and_their_probabilities(sampling):
     np.testing.assert_array_equal(logits, 2 * normal(12))
 
 
-def test_distribution_at_temperature_0_is_argmax_alone():
+def test_next_token_probs_at_temperature_0_is_argmax_alone():
     for sampling in ({}, {"top_k": 3}, {"top_p": 0.9}):
         ids, probs = gpt2.next_token_probs(np.array([1.0, 7.0, 7.0], np.float32), 0.0, **sampling)
         assert (ids.tolist(), probs.tolist()) == ([1], [1.0])
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.thorough)]
+)
 def test_sample_frequencies_are_the_probabilities(sampling, dtype):
     logits = (2 * normal(12)).astype(dtype)
     expected = reference_probs(logits, **sampling)
-    found = frequencies(logits, **sampling)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1.01 / 4000)
-    assert not found[expected == 0].any()
+    actual = frequencies(logits, **sampling)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1.01 / 4000)
+    assert not actual[expected == 0].any()
 
 
+@pytest.mark.thorough
 def test_sample_from_a_generator_fits_the_probabilities():
     logits, rng, n_draws = normal(10), np.random.default_rng(0), 20000
     expected = n_draws * reference_probs(logits, 0.8)
@@ -1051,8 +1055,8 @@ def test_sample_with_top_k_1_is_argmax_even_of_equal_logits(number):
 )
 def test_sample_top_p_keeps_the_fewest_that_reach_it(top_p, kept):
     logits = np.log([0.125, 0.25, 0.125, 0.5, 1e-300])  # 0 and 2 are equal: the first goes first
-    found = frequencies(logits, temperature=1.0, top_p=top_p)
-    assert np.flatnonzero(found).tolist() == kept
+    actual = frequencies(logits, temperature=1.0, top_p=top_p)
+    assert np.flatnonzero(actual).tolist() == kept
 
 
 @pytest.mark.parametrize("sampling", [{}, {"top_k": 5}, {"top_p": 1.0}, {"top_k": 4, "top_p": 0.9}])
@@ -1087,8 +1091,8 @@ def test_sample_top_p_counts_the_last_probability_too():
 
 
 def test_sample_at_a_huge_temperature_is_uniform():
-    found = frequencies(1e4 * normal(8).astype(np.float32), temperature=1e30)
-    np.testing.assert_allclose(found, 1 / 8, atol=1.01 / 4000)
+    actual = frequencies(1e4 * normal(8).astype(np.float32), temperature=1e30)
+    np.testing.assert_allclose(actual, 1 / 8, atol=1.01 / 4000)
 
 
 def test_sample_numbers_at_the_ends_give_the_first_and_the_last():
@@ -1106,11 +1110,11 @@ def test_sample_leaves_the_logits_as_they_were():
     np.testing.assert_array_equal(logits, normal(61))
 
 
-def test_penalise_makes_each_seen_id_less_probable_once():
+def test_repetition_penalty_makes_each_seen_id_less_probable_once():
     logits = np.array([2.0, -2.0, 0.0, 4.0], np.float32)
-    found = gpt2.apply_repetition_penalty(logits, [0, 1, 2, 0, 0], 2.0)
-    np.testing.assert_array_equal(found, np.array([1, -4, 0, 4], np.float32))
-    assert found.dtype == np.float32
+    actual = gpt2.apply_repetition_penalty(logits, [0, 1, 2, 0, 0], 2.0)
+    np.testing.assert_array_equal(actual, np.array([1, -4, 0, 4], np.float32))
+    assert actual.dtype == np.float32
     np.testing.assert_array_equal(logits, [2, -2, 0, 4])
 
 
@@ -1138,19 +1142,19 @@ def reference_generate(params, prompt, n_tokens, choose=np.argmax, eot=None):
 def test_generate_greedy_equals_argmax_of_repeated_forwards(dtype):
     params, prompt = random_params(dtype=dtype), [5, 9, 2]
     expected = reference_generate(params, prompt, 10)
-    found = list(gpt2.generate(params, prompt, 10, eot=None))
-    assert found == expected
-    assert len(set(found)) > 3  # not a model that always says the same
-    assert {type(id) for id in found} == {int}
+    actual = list(gpt2.generate(params, prompt, 10, eot=None))
+    assert actual == expected
+    assert len(set(actual)) > 3  # not a model that always says the same
+    assert {type(id) for id in actual} == {int}
 
 
 @pytest.mark.parametrize("n_tokens", [0, 1, 2, 5])
 def test_generate_gives_n_tokens(n_tokens):
     params = random_params()
     assert len(list(gpt2.generate(params, [1], n_tokens, eot=None))) == n_tokens
-    found = list(gpt2.generate(params, [[1], [2, 3]], n_tokens, eot=None))
-    assert len(found) == n_tokens
-    assert all(len(ids) == 2 for ids in found)
+    actual = list(gpt2.generate(params, [[1], [2, 3]], n_tokens, eot=None))
+    assert len(actual) == n_tokens
+    assert all(len(ids) == 2 for ids in actual)
 
 
 def test_generate_is_lazy_and_reads_no_token_in_vain(monkeypatch):
@@ -1286,10 +1290,10 @@ def test_generate_draws_as_sample_does_from_forwards():
     expected = reference_generate(
         params, prompt, n_tokens, lambda logits: gpt2.sample(logits, rng, 1.2, 30, 0.9)
     )
-    found = gpt2.generate(
+    actual = gpt2.generate(
         params, prompt, n_tokens, temperature=1.2, top_k=30, top_p=0.9, seed=11, eot=None
     )
-    assert list(found) == expected
+    assert list(actual) == expected
 
 
 def test_generate_penalises_the_whole_history():
@@ -1301,9 +1305,9 @@ def test_generate_penalises_the_whole_history():
             logits[id] = logits[id] / 2 if logits[id] > 0 else logits[id] * 2
         expected.append(int(logits.argmax()))
         history.append(expected[-1])
-    found = list(gpt2.generate(params, prompt, 12, repetition_penalty=2.0, eot=None))
-    assert found == expected
-    assert found != reference_generate(params, prompt, 12)
+    actual = list(gpt2.generate(params, prompt, 12, repetition_penalty=2.0, eot=None))
+    assert actual == expected
+    assert actual != reference_generate(params, prompt, 12)
 
 
 @pytest.mark.parametrize("n_ctx", [1, 2, 3, 4, 5, 16])
@@ -1319,8 +1323,8 @@ def test_generate_takes_sampling_parameters_at_their_limits():
     params, prompt = random_params(), [5, 9, 2]
     greedy = reference_generate(params, prompt, 8)
     for limits in ({"top_k": 1}, {"top_p": 5e-324}, {"top_k": 1, "top_p": 1.0}):
-        found = gpt2.generate(params, prompt, 8, temperature=1.0, seed=0, eot=None, **limits)
-        assert list(found) == greedy
+        actual = gpt2.generate(params, prompt, 8, temperature=1.0, seed=0, eot=None, **limits)
+        assert list(actual) == greedy
     assert list(gpt2.generate(params, prompt, 8, temperature=5e-324, eot=None)) == greedy
 
 
@@ -1359,10 +1363,10 @@ def test_generate_takes_arrays_and_numpy_scalars():
     expected = list(gpt2.generate(params, [5, 9], 5, 0.5, 20, 0.9, 3, 1.5, eot=None))
     numbers = (np.int64(5), np.float64(0.5), np.int64(20), np.float32(0.9), np.int64(3))
     for tokens in (np.array([5, 9]), np.array([5, 9], np.uint16), (5, 9), [np.int32(5), 9]):
-        found = gpt2.generate(params, tokens, *numbers, np.float64(1.5), eot=np.int64(-1))
-        assert list(found) == expected
-    found = gpt2.generate(params, np.array([[5, 9], [5, 9]]), *numbers, np.float64(1.5), eot=None)
-    assert [ids[0] for ids in found] == expected
+        actual = gpt2.generate(params, tokens, *numbers, np.float64(1.5), eot=np.int64(-1))
+        assert list(actual) == expected
+    actual = gpt2.generate(params, np.array([[5, 9], [5, 9]]), *numbers, np.float64(1.5), eot=None)
+    assert [ids[0] for ids in actual] == expected
 
 
 def test_generate_computes_in_the_dtype_of_the_parameters(monkeypatch):
@@ -1451,6 +1455,7 @@ def test_stream_ends_before_a_stop_text(text, stops, expected):
 TEXTS = st.text("abé€", max_size=12)
 
 
+@pytest.mark.thorough
 def test_stream_result_does_not_depend_on_the_tokens():
     @PROPERTY
     @given(TEXTS, st.lists(st.text("abé", min_size=1, max_size=4)), st.data())
@@ -1748,6 +1753,7 @@ def test_cli_takes_any_prompt(prompt, cat, cli):
     assert out
 
 
+@pytest.mark.thorough
 def test_cli_output_cannot_crash_a_console_of_few_characters(cat, random_model, run):
     env = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
     done = run("gpt2.py", "The cat", "--model", cat, env=env, encoding="cp1252")
@@ -1832,6 +1838,7 @@ def test_cli_names_a_damaged_model(cat, run):
     assert_fails(run("gpt2.py", "x", "--model", cat), 1, path, "magic number")
 
 
+@pytest.mark.thorough
 def test_cli_names_a_damaged_or_missing_tokenizer(cat, run):
     path = cat / "tokenizer.bin"
     path.write_bytes(path.read_bytes()[:-4])
@@ -1944,10 +1951,10 @@ def test_golden_debug_state_of_llmc(shared):
     ids = np.fromfile(path, "<i4", 2 * B * T, offset=1024).reshape(2, B, T)
     values = np.fromfile(path, "<f4", offset=1024 + ids.nbytes)
     logits, loss, flat = np.split(values, [B * T * config.n_vocab, B * T * config.n_vocab + 1])
-    found = gpt2.forward(params, ids[0])
-    np.testing.assert_allclose(found, logits.reshape(found.shape), rtol=0, atol=2e-5)
-    found, grads = gpt2.loss_and_grads(params, ids[0], ids[1])
-    assert math.isclose(found, loss[0], rel_tol=1e-6)
+    actual = gpt2.forward(params, ids[0])
+    np.testing.assert_allclose(actual, logits.reshape(actual.shape), rtol=0, atol=2e-5)
+    actual, grads = gpt2.loss_and_grads(params, ids[0], ids[1])
+    assert math.isclose(actual, loss[0], rel_tol=1e-6)
     assert_close_tensors(grads, Params(config, flat), 1e-4)
 
 
@@ -1962,8 +1969,8 @@ def test_golden_logits_and_text_of_openai(shared, tmp_path):
     np.testing.assert_array_equal(logits.argmax(-1), expected["argmax"])
     prompt, greedy = expected["prompt"][0], expected["greedy"][0]
     n_tokens = len(greedy) - len(prompt)
-    found = list(gpt2.generate(params, prompt, n_tokens, eot=None))
-    assert [*prompt, *found] == greedy.tolist()
+    actual = list(gpt2.generate(params, prompt, n_tokens, eot=None))
+    assert [*prompt, *actual] == greedy.tolist()
 
 
 def test_golden_logits_and_text_of_hugging_face(shared, tmp_path):
@@ -2032,6 +2039,7 @@ def test_cli_default_without_network_is_the_bundled_model(cli, tmp_path, monkeyp
     assert "python utils.py download 124M" in err.splitlines()[-1]
 
 
+@pytest.mark.thorough
 def test_cli_explicit_model_never_falls_back(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("GPT2_BASE_URL", UNREACHABLE)
     script_model(tmp_path / "stories", STORY)
@@ -2045,6 +2053,7 @@ One day, he went to the park with his mom. He wanted to play with his ball. Tim 
 The dog was sad. Tim gave the ball to the dog. The dog was very happy. They played all day."""
 
 
+@pytest.mark.thorough
 def test_bundled_model_knows_stories_from_noise():
     params, enc = gpt2.load("stories"), encoder.load("stories")
     assert (hub.MODELS_DIR / "stories" / "model.bin").stat().st_size <= 16_000_000

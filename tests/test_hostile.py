@@ -207,17 +207,17 @@ def mutate_json(rng, value):
     """Return a JSON value with one to three of its nodes replaced, removed, renamed or doubled."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice([1, 1, 2, 3])):
-        found = list(nodes(value))
-        if not found:
+        actual = list(nodes(value))
+        if not actual:
             return rng.choice(VALUES)
-        inner, key = rng.choice(found[:40]) if rng.random() < 0.5 else rng.choice(found)
+        inner, key = rng.choice(actual[:40]) if rng.random() < 0.5 else rng.choice(actual)
         kind = rng.random()
         if kind < 0.6:
             inner[key] = copy.deepcopy(rng.choice(VALUES))
         elif kind < 0.75:
             del inner[key]
         elif kind < 0.9:
-            other, other_key = rng.choice(found)
+            other, other_key = rng.choice(actual)
             inner[key] = copy.deepcopy(other.get(other_key) if isinstance(other, dict) else 0)
         elif isinstance(inner, dict):
             inner[rng.choice(["", "a", "id", "transformer.wte.weight", "\ud800"])] = inner.pop(key)
@@ -562,11 +562,11 @@ def checkpoint(tmp_path):
     train.save_checkpoint(tmp_path, run)
 
     def read():
-        found = train.load_checkpoint(tmp_path)
-        assert type(found.step) is int and found.step >= 0
-        for array in (found.params.flat, found.optimizer.m, found.optimizer.v):
+        actual = train.load_checkpoint(tmp_path)
+        assert type(actual.step) is int and actual.step >= 0
+        for array in (actual.params.flat, actual.optimizer.m, actual.optimizer.v):
             assert array.dtype == np.float32 and array.flags.writeable
-        for name, value in vars(found.config).items():
+        for name, value in vars(actual.config).items():
             assert type(value) in (type(getattr(settings, name)), int, str, type(None)), name
 
     read()

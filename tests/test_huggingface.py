@@ -61,8 +61,8 @@ def test_hf_f16_and_bf16_become_float32(tmp_path):
         ("bf16", (arrays[name].view("u4") >> 16 << 16).view("f4")),
     ]:
         weights.convert(tmp_path / kind, tmp_path / f"{kind}_out")
-        found = llmc.load_params(tmp_path / f"{kind}_out").named[ours]
-        assert np.array_equal(found, expected.T)
+        actual = llmc.load_params(tmp_path / f"{kind}_out").named[ours]
+        assert np.array_equal(actual, expected.T)
 
 
 def test_hf_shards_are_read(tmp_path):
