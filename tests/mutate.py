@@ -1,23 +1,24 @@
 """Change one operator or constant at a time, and see whether a test notices.
 
     python tests/mutate.py --n 100 --seed 0
+    python tests/mutate.py --rooms huggingface --functions open_hf
 
-Mutants are made in the backward functions of gpt2.py and in what reads files in utils.py and
-encoder.py: an operator is exchanged, a condition negated, a number changed, a statement left out.
-Each runs in a copy of the repository, first against the tests that are nearest to the function,
-then, if it survives, against all tests of the readers or of the model. Reports the survivors.
+Mutants are made in the backward functions of gpt2.py, in the readers of every format and in the
+tokenizer: an operator is exchanged, a condition negated, a number changed, a statement left out.
+Each runs in a copy of the repository, first against the tests of its room, then, if it survives,
+against those of all formats or of the model. Reports the survivors. The tests are those of a quick
+run, or with --thorough all.
 """
 
 import ast
-import contextlib
 import os
+import queue
 import random
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,54 +28,21 @@ from gpt2_support import cli
 ROOT = Path(cli.__file__).resolve().parent.parent
 SECONDS = 600  # for all tests of a mutant; more is a hang, which is noticed
 
-MODEL = [["test_gpt2.py", "-k", "not cli"], ["test_properties.py", "-k", "gradient or chunk"]]
-FILES = [["test_utils.py", "-k", "not download"], ["test_encoder.py"], ["test_hostile.py"]]
-GROUPS = [  # module, functions (a regular expression), the nearest tests, all tests
-    (
-        "gpt2.py",
-        r".*_backward|head|cross_entropy|sum_rows|as_rows|token_losses|loss_and_grads",
-        ["test_gpt2.py", "-k", "gradient or grads or loss or cross_entropy or backward"],
-        MODEL,
-    ),
-    (
-        "utils.py",
-        r"read_header|check_size|load_params|read_model_header|bf16_.*|load_tokens|open_bin",
-        ["test_utils.py", "-k", "model_file or tokens_file or convert_accepts"],
-        FILES,
-    ),
-    (
-        "utils.py",
-        r"load_tokenizer|find_(tokenizer|eot|misplaced)|read_bin_tokenizer|token_bytes|parse_(json|merges|hugging_face)"
-        r"|read_json.*|read_merges|check_(token_table|merges)|recover_merges",
-        ["test_encoder.py", "-k", "token or table or merge or vocabulary or hugging or json"],
-        FILES,
-    ),
-    (
-        "utils.py",
-        r"crc.*|masked_crc32c|read_(varints?|block|table|bundle|hparams)|block_entries|protobuf_.*"
-        r"|bundle_entry|check_bundle_size|open_openai|find_index|check_tensors|read_tensor",
-        ["test_utils.py", "-k", "crc or openai or table or block"],
-        FILES,
-    ),
-    (
-        "utils.py",
-        r"hf_(name|shape|tensors)|read_safetensors|safetensors_entry|open_hf|read_hf_config",
-        ["test_utils.py", "-k", "hf or safetensors"],
-        FILES,
-    ),
-    (
-        "encoder.py",
-        r"bpe|load|decode|decode_bytes|feed|flush",
-        ["test_encoder.py", "-k", "bpe or decode or load or stream"],
-        [["test_encoder.py"], ["test_token_table.py"]],
-    ),
-    (
-        "gpt2_support/corpus.py",
-        r"read_.*|encode_.*",
-        ["test_corpus.py"],
-        [["test_corpus.py"], ["test_encoder.py"]],
-    ),
-]
+MODEL = (["test_gpt2.py", "-k", "not cli"], ["test_properties.py", "-k", "gradient or chunk"])
+FORMATS = (["test_weights.py"], ["test_properties.py", "-k", "exact or bit"], ["test_hostile.py"])
+ROOMS = {  # module: functions (a regular expression), tests besides those of the room's own file
+    "gpt2.py": (r".*_backward|.*loss.*|cross_entropy|as_rows|.*_rows", MODEL),
+    "gpt2_support/tiles.py": (".*", MODEL),
+    "encoder.py": (".*", (["test_corpus.py"],)),
+    "gpt2_support/corpus.py": (".*", (["test_encoder.py"],)),
+    "gpt2_support/weights.py": (".*", FORMATS[1:]),
+    **{
+        f"gpt2_support/formats/{name}.py": (".*", FORMATS)
+        for name in (
+            "crc32c", "huggingface", "llmc", "stored_tensor", "tensorflow", "token_table"
+        )
+    },
+}  # fmt: skip
 SWAPS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
     ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.LShift: ast.RShift,
@@ -124,43 +92,44 @@ def walk(node):
 
 def sites(tree, functions):
     """Return (function, node) of everything to change in the functions of a module."""
-    actual = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    actual = [function for function in actual if re.fullmatch(functions, function.name)]
-    return [(function, node) for function in actual for node in walk(function)]
+    defined = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    chosen = [function for function in defined if re.fullmatch(functions, function.name)]
+    return [(function, node) for function in chosen for node in walk(function)]
 
 
-def make_mutants():
-    """Return (group, place, description, source) of every mutant there is."""
-    mutants = []
-    for group in GROUPS:
-        source = (ROOT / group[0]).read_text(encoding="utf-8")
-        for at, (_, node) in enumerate(sites(ast.parse(source), group[1])):
-            for which in range(len(list(changes(node)))):
-                mutants.append((group, source, at, which))
-    return mutants
+def make_mutants(room, functions):
+    """Return (room, place, number) of every mutant of a room."""
+    tree = ast.parse((ROOT / room).read_text(encoding="utf-8"))
+    return [
+        (room, place, number)
+        for place, (function, node) in enumerate(sites(tree, ROOMS[room][0]))
+        for number in range(len(list(changes(node))))
+        if re.fullmatch(functions, function.name)
+    ]
 
 
-def mutate(group, source, at, which):
+def mutate(room, place, number):
     """Return the source of a mutant, and a line that says what was changed."""
-    tree = ast.parse(source)
-    function, node = sites(tree, group[1])[at]
+    tree = ast.parse((ROOT / room).read_text(encoding="utf-8"))
+    function, node = sites(tree, ROOMS[room][0])[place]
     before = ast.unparse(function).split("\n")
-    list(changes(node))[which]()
+    list(changes(node))[number]()
     ast.fix_missing_locations(tree)
     after = ast.unparse(function).split("\n")
     lines = [(a, b) for a, b in zip(before, after, strict=False) if a != b] or [("", "")]
     old, new = (" ".join(line.split()) for line in lines[0])
-    return ast.unparse(tree), f"{group[0]} {function.name}:  {old}  ->  {new}"
+    return ast.unparse(tree), f"{room} {function.name}:  {old}  ->  {new}"
 
 
 def copy_repository(folder):
     """Copy what the tests need, and show them the reference data where there is some."""
     copy = folder / "copy"
     copy.mkdir(parents=True)
-    for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), ROOT / "pyproject.toml"]:
         shutil.copy(path, copy)
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "tests", copy / "tests", ignore=ignored)
+    for name in ("gpt2_support", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     if (ROOT.parent / "shared").exists():
         (folder / "shared").symlink_to(ROOT.parent / "shared")
     if (ROOT / "models" / "stories").exists():
@@ -168,10 +137,18 @@ def copy_repository(folder):
     return copy
 
 
-def is_noticed(copy, tests):
+def tests_of(room):
+    """Return the runs of tests for a room, those of its own file first."""
+    own, further = f"test_{Path(room).stem}.py", ROOMS[room][1]
+    is_further = own in {file for file, *_ in further}
+    return [[own]] * ((ROOT / "tests" / own).exists() and not is_further) + [*further]
+
+
+def is_noticed(copy, tests, thorough):
     """Return whether a run of some tests fails, or does not end."""
     file, *selection = tests
     argv = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    argv += ["--thorough"] * thorough
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [*argv, str(copy / "tests" / file), *selection]
     with subprocess.Popen(
@@ -182,73 +159,68 @@ def is_noticed(copy, tests):
         except subprocess.TimeoutExpired:
             process.kill()
             return True
-    if status not in (0, 1, 2):
+    if status not in (0, 1, 2, 4, 5):  # 4: conftest.py cannot be imported; 5: none is selected
         raise ValueError(f"pytest ended with status {status}: {' '.join(command)}")
-    return status != 0
+    return status not in (0, 5)
 
 
-def survives(copy, mutant):
+def survives(copy, mutant, thorough):
     """Return whether no test notices a mutant, and its description."""
-    group, source, *_ = mutant
-    new, text = mutate(*mutant)
-    (copy / group[0]).write_text(new, encoding="utf-8")
+    room, *_ = mutant
+    source, text = mutate(*mutant)
+    (copy / room).write_text(source, encoding="utf-8")
     try:
-        return not any(is_noticed(copy, tests) for tests in [group[2], *group[3]]), text
+        return not any(is_noticed(copy, tests, thorough) for tests in tests_of(room)), text
     finally:
-        (copy / group[0]).write_text(source, encoding="utf-8")
+        shutil.copy(ROOT / room, copy / room)
+
+
+def check_copy(copy, rooms, thorough):
+    """Raise ValueError unless the tests pass without any change."""
+    for tests in {tuple(tests) for room in rooms for tests in tests_of(room)}:
+        if is_noticed(copy, tests, thorough):
+            raise ValueError(f"{' '.join(tests)} fails without any change")
+
+
+def parse_args():
+    parser = cli.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--n", type=cli.positive_int, default=100, help="mutants to try")
+    add("--seed", type=int, default=0, help="which ones")
+    add("--n_procs", type=cli.positive_int, default=os.cpu_count() or 1, help="to try at a time")
+    add("--rooms", default=".*", help="only in these: a regular expression")
+    add("--functions", default=".*", help="only in these: a regular expression")
+    add("--thorough", action="store_true", help="run the thorough tests")
+    return parser.parse_args()
 
 
 def main():
-    parser = cli.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=cli.positive_int, default=100, help="mutants to try")
-    parser.add_argument("--seed", type=int, default=0, help="which ones")
-    parser.add_argument("--n_procs", type=cli.positive_int, default=os.cpu_count() or 1,
-                        help="to try at a time")  # fmt: skip
-    parser.add_argument("--functions", default=".*", help="only these: a regular expression")
-    args = parser.parse_args()
-    mutants = [m for m in make_mutants() if re.fullmatch(args.functions, function_of(m))]
+    args = parse_args()
+    rooms = [room for room in ROOMS if re.fullmatch(args.rooms, Path(room).stem)]
+    mutants = [mutant for room in rooms for mutant in make_mutants(room, args.functions)]
     n_all = len(mutants)
     mutants = random.Random(args.seed).sample(mutants, min(args.n, n_all))
     print(f"{len(mutants)} of {n_all} mutants", flush=True)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.n_procs) as pool:
-        copies, lock, n_survivors = {}, threading.Lock(), 0
-        copies = [copy_repository(Path(folder) / str(i)) for i in range(args.n_procs)]
-        check_copy(copies[0])
+        copies = queue.SimpleQueue()
+        for i in range(args.n_procs):
+            copies.put(copy_repository(Path(folder) / str(i)))
+        check_copy(Path(folder) / "0" / "copy", rooms, args.thorough)
 
         def try_one(mutant):
-            with lock:
-                copy = copies.pop()
-            with contextlib.ExitStack() as stack:
-                stack.callback(copies.append, copy)
-                return survives(copy, mutant)
+            copy = copies.get()
+            try:
+                return survives(copy, mutant, args.thorough)
+            finally:
+                copies.put(copy)
 
+        n_survivors = 0
         for number, (survived, text) in enumerate(pool.map(try_one, mutants), 1):
             n_survivors += survived
             if survived:
                 print(f"survived (number {number}): {text}", flush=True)
-    n_killed = len(mutants) - n_survivors
-    print(f"{n_killed} of {len(mutants)} noticed, {100 * n_killed / len(mutants):.1f} %")
-
-
-def function_of(mutant):
-    """Return the name of the function that a mutant is in."""
-    group, source, at, _ = mutant
-    return cached_sites(source, group[1])[at]
-
-
-def cached_sites(source, functions, cache={}):  # noqa: B006
-    """Return the names of the functions of all sites, which are many to parse each time."""
-    key = (len(source), functions)
-    if key not in cache:
-        cache[key] = [function.name for function, _ in sites(ast.parse(source), functions)]
-    return cache[key]
-
-
-def check_copy(copy):
-    """Raise ValueError unless the tests pass without any change."""
-    for group in GROUPS:
-        if is_noticed(copy, group[2]):
-            raise ValueError(f"{' '.join(group[2])} fails without any change")
+    n_noticed = len(mutants) - n_survivors
+    print(f"{n_noticed} of {len(mutants)} noticed, {100 * n_noticed / len(mutants):.1f} %")
 
 
 if __name__ == "__main__":
