@@ -102,8 +102,9 @@ def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentPa
     )
     group = add_group(
         "output",
-        ("out", Path, "folder to write (default: one in --models_dir, named after --data)"),
-    )
+        ("out", Path, "folder to write (default: one named after --data, in --models_dir or, where "
+         "that is a cache, in models)"),
+    )  # fmt: skip
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
     group.add_argument("--overwrite", action="store_true", help="replace the model in --out")
     group = add_group(
