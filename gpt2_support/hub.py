@@ -124,8 +124,7 @@ def download(
         else:
             if isinstance(problem, ValueError):
                 info(f"{problem}; downloading the model again")
-            reported = SHA256_124M if name == "124M" else {}
-            fetch_all(f"{base_url}/{name}", work, reported, pause)
+            fetch_all(f"{base_url}/{name}", work, SHA256_124M if name == "124M" else {}, pause)
             convert_download(work, folder)
             if keep:
                 shutil.rmtree(folder / "openai", ignore_errors=True)

@@ -1,7 +1,7 @@
 """Change one operator or constant at a time, and see whether a test notices.
 
     python tests/mutate.py --n 100 --seed 0
-    python tests/mutate.py --rooms huggingface --functions open_hf
+    python tests/mutate.py --rooms huggingface --functions open_model
 
 Mutants are made in the backward functions of gpt2.py, in the readers of every format and in the
 tokenizer: an operator is exchanged, a condition negated, a number changed, a statement left out.

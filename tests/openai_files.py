@@ -84,14 +84,14 @@ def block(entries, restart_interval=3):
     return out + b"".join(n.to_bytes(4, "little") for n in [*restarts, len(restarts)])
 
 
-def table(entries, per_block=4, kind=0):
+def table(entries, per_block=4, compression=0):
     """Return a LevelDB table of {key: value}, `per_block` entries in every data block."""
     out, handles = b"", []
 
     def add(contents):
         nonlocal out
         handle = varint(len(out)) + varint(len(contents))
-        contents += bytes([kind])
+        contents += bytes([compression])
         out += contents + masked_crc(contents)
         return handle
 
@@ -117,14 +117,14 @@ def bundle_entry(array, at, **changes):
 HEADER = field(1, 1) + field(3, field(1, 1))  # one shard, little-endian, version 1
 
 
-def bundle(arrays, header=HEADER, per_block=4, kind=0, **changes):
+def bundle(arrays, header=HEADER, per_block=4, compression=0, **changes):
     """Return (index, data) of a bundle of {name: array}; `changes` are {name: {key: value}}."""
     entries, data = {b"": header}, b""
     for name, array in sorted(arrays.items()):
         change = changes.get(name, {})
         entries[name.encode()] = bundle_entry(array, len(data), **change)
         data += np.ascontiguousarray(array).tobytes()
-    return table(entries, per_block, kind), data
+    return table(entries, per_block, compression), data
 
 
 def random_arrays(config, seed=0):
@@ -179,9 +179,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif fault == "busy":
             self.reply(503, b"no", **{"Retry-After": "7"})
         elif fault in ("page", "hidden page"):
-            kind = "text/html; charset=utf-8" if fault == "page" else "application/octet-stream"
+            content_type = (
+                "text/html; charset=utf-8" if fault == "page" else "application/octet-stream"
+            )
             text = b"Please log in" if fault == "page" else b"\n<!DOCTYPE html><p>Please log in"
-            self.reply(200, text, **{"Content-Type": kind})
+            self.reply(200, text, **{"Content-Type": content_type})
         else:
             self.send_file(path.read_bytes(), fault)
 

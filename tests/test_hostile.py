@@ -30,14 +30,14 @@ import zipfile
 import numpy as np
 import openai_files
 import pytest
+from helpers import TINY, random_params
 
 import encoder
 import train
 from gpt2_support import http, hub, runlog, weights
 from gpt2_support.formats import crc32c, huggingface, llmc, tensorflow, token_table
-from gpt2_support.params import Config, Params, named_shapes
+from gpt2_support.params import Config, named_shapes
 
-TINY = Config(n_vocab=openai_files.N_VOCAB, n_ctx=8, n_embd=8, n_head=2, n_layer=2)
 FUZZ = float(os.environ.get("FUZZ", 1))
 FUZZ_DIVISOR = 1
 SECONDS = 20  # of computing: more than this for a small file counts as a hang
@@ -173,10 +173,10 @@ def put_varint(rng, data):
 
 def mutate_bytes(rng, data, others):
     """Damage a file in one to three ways; at times, replace it by other bytes."""
-    kind = rng.random()
-    if kind < 0.05:
+    draw = rng.random()
+    if draw < 0.05:
         return rng.randbytes(rng.choice([0, 1, 7, 8, 64, 1024, 5000]))
-    if kind < 0.1:
+    if draw < 0.1:
         other = rng.choice(others)
         return data[: place(rng, data)] + other[place(rng, other) :]
     for _ in range(rng.choice([1, 1, 2, 3])):
@@ -207,17 +207,17 @@ def mutate_json(rng, value):
     """Return a JSON value with one to three of its nodes replaced, removed, renamed or doubled."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice([1, 1, 2, 3])):
-        actual = list(nodes(value))
-        if not actual:
+        places = list(nodes(value))
+        if not places:
             return rng.choice(VALUES)
-        inner, key = rng.choice(actual[:40]) if rng.random() < 0.5 else rng.choice(actual)
-        kind = rng.random()
-        if kind < 0.6:
+        inner, key = rng.choice(places[:40]) if rng.random() < 0.5 else rng.choice(places)
+        draw = rng.random()
+        if draw < 0.6:
             inner[key] = copy.deepcopy(rng.choice(VALUES))
-        elif kind < 0.75:
+        elif draw < 0.75:
             del inner[key]
-        elif kind < 0.9:
-            other, other_key = rng.choice(actual)
+        elif draw < 0.9:
+            other, other_key = rng.choice(places)
             inner[key] = copy.deepcopy(other.get(other_key) if isinstance(other, dict) else 0)
         elif isinstance(inner, dict):
             inner[rng.choice(["", "a", "id", "transformer.wte.weight", "\ud800"])] = inner.pop(key)
@@ -228,13 +228,13 @@ def mutate_json(rng, value):
 
 def mutate_json_file(rng, data, others):
     """Damage a JSON file: its value, mostly, or its text."""
-    kind = rng.random()
-    if kind < 0.15:
+    draw = rng.random()
+    if draw < 0.15:
         return rng.choice(TEXTS)
-    if kind < 0.3:
+    if draw < 0.3:
         return mutate_bytes(rng, data, others)
     text = json.dumps(mutate_json(rng, json.loads(data)))
-    if kind < 0.4:  # the same key twice
+    if draw < 0.4:  # the same key twice
         keys = re.findall('"[^"]*"', text) or ["1"]
         text = text.replace(", ", f", {rng.choice(keys)}: 0, ", 1)
     return text.encode()
@@ -244,16 +244,9 @@ def mutate_json_file(rng, data, others):
 # Our own files
 
 
-def random_params(config=TINY):
-    params = Params(config)
-    for array in params.named.values():
-        array[...] = np.random.default_rng(0).standard_normal(array.shape)
-    return params
-
-
 def model_files(config=TINY):
     """The bytes of a model file of each version: 1 (unpadded), 3, and 5 (bf16)."""
-    params, files = random_params(config), []
+    params, files = random_params(config, np.float32), []
     start, end = config.n_vocab * config.n_embd, config.n_vocab_padded * config.n_embd
     unpadded = np.delete(params.flat, np.s_[start:end])
     bf16 = (params.flat.view("u4") >> 16).astype("<u2")
@@ -613,14 +606,14 @@ def test_checkpoint_of_any_arrays(checkpoint):
     def mutate(rng, data, others):
         arrays = dict(good)
         name = rng.choice([*good])
-        kind = rng.random()
-        if kind < 0.3:
+        draw = rng.random()
+        if draw < 0.3:
             arrays[name] = mutate_bytes(rng, good[name], [*good.values()])
-        elif kind < 0.6:
+        elif draw < 0.6:
             header = rng.choice(headers).ljust(117, b" ") + b"\n"
             arrays[name] = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header
             arrays[name] += good[name][128:]
-        elif kind < 0.7:
+        elif draw < 0.7:
             del arrays[name]
         else:
             array = np.load(io.BytesIO(good[name]))

@@ -56,12 +56,12 @@ def test_hf_f16_and_bf16_become_float32(tmp_path):
     brain = {name: (array.view("u4") >> 16).astype("<u2") for name, array in arrays.items()}
     write_hf(tmp_path / "bf16", brain)
     name, ours = "transformer.h.1.mlp.c_fc.weight", "model/h1/mlp/c_fc/w"
-    for kind, expected in [
+    for dtype, expected in [
         ("f16", half[name].astype("f4")),
         ("bf16", (arrays[name].view("u4") >> 16 << 16).view("f4")),
     ]:
-        weights.convert(tmp_path / kind, tmp_path / f"{kind}_out")
-        actual = llmc.load_params(tmp_path / f"{kind}_out").named[ours]
+        weights.convert(tmp_path / dtype, tmp_path / f"{dtype}_out")
+        actual = llmc.load_params(tmp_path / f"{dtype}_out").named[ours]
         assert np.array_equal(actual, expected.T)
 
 

@@ -55,7 +55,7 @@ NAME = "model/h1/mlp/c_fc/w"
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": 1}, "compressed (snappy)"),
+        ({"compression": 1}, "compressed (snappy)"),
         ({"header": openai_files.field(1, 2)}, "a bundle of 2 shards, endianness 0"),
         ({"header": openai_files.field(1, 1) + openai_files.field(2, 1)}, "endianness 1"),
         ({NAME: {"crc": b"abcd"}}, f"wrong CRC of tensor {NAME}"),
