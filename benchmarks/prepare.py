@@ -45,13 +45,13 @@ def make_models(folder, data, sizes):
             array *= 4  # with weights as small as at the start a model repeats one token for ever
     llmc.save_params(folder / "gpt2" / "model.bin", params)
     shutil.copytree(stories, folder / "stories")
-    found = [ROOT / "models" / "124M" / "tokenizer.bin", data / "gpt2" / "gpt2_tokenizer.bin"]
-    found = [path for path in found if path.exists() and config.n_vocab == 50257]
-    tokenizer = found[0] if found else stories / "tokenizer.bin"
+    tables = [ROOT / "models" / "124M" / "tokenizer.bin", data / "gpt2" / "gpt2_tokenizer.bin"]
+    tables = [path for path in tables if path.exists() and config.n_vocab == 50257]
+    tokenizer = tables[0] if tables else stories / "tokenizer.bin"
     shutil.copyfile(tokenizer, folder / "gpt2" / "tokenizer.bin")
     for name in ("gpt2", "stories"):
         weights.convert(folder / name, folder / f"{name}-hf", "hf")
-    return "GPT-2's" if found else "the bundled model's, of 2,048 tokens"
+    return "GPT-2's" if tables else "the bundled model's, of 4,096 tokens"
 
 
 def make_openai(folder):

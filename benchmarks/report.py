@@ -9,13 +9,13 @@ RESOURCES = {"flops": "sgemm", "bytes": "matvec", "stream": "scale", "disk": "co
 
 def find_limits(record):
     """Return {resource: amount a second}, by the median of whoever was fastest in this run."""
-    found = {}
+    limits = {}
     for resource, name in RESOURCES.items():
         for item in record["items"]:
             times = [result["seconds"] for result in item["results"].values() if result["seconds"]]
             if item["name"] == name and times:
-                found[resource] = item["phases"][0][resource] / min(map(median, times))
-    return found
+                limits[resource] = item["phases"][0][resource] / min(map(median, times))
+    return limits
 
 
 def limit_seconds(phases, limits):

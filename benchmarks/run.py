@@ -68,7 +68,7 @@ print(json.dumps(versions))
 
 def find_peers(interpreters):
     """Return ({party: interpreter}, {package: version}) of who can take part."""
-    pythons, found = {}, {}
+    pythons, known_versions = {}, {}
     for python in interpreters:
         try:
             versions = run_json([python, "-c", FIND_VERSIONS, *PACKAGES])
@@ -77,8 +77,8 @@ def find_peers(interpreters):
         for name, party in PARTIES.items():
             if name not in pythons and set(party.needs) <= set(versions):
                 pythons[name] = python if party.needs else sys.executable
-        found = versions | found
-    return pythons, found
+        known_versions = versions | known_versions
+    return pythons, known_versions
 
 
 # ----------------------------------------------------------------------------------------------
@@ -231,16 +231,16 @@ def add_result(bench, item, entry, who, first):
     """Measure an item once more for a party, and tell how it went."""
     result = entry["results"][who]
     try:
-        found = bench.measure(item, who, first)
+        measured = bench.measure(item, who, first)
     except Problem as problem:
         result["problem"] = f"failed: {problem}"
         note(f"{PARTIES[who].label} {result['problem']}")
         return
-    result["seconds"] += found["seconds"]
-    result["peak_bytes"] += [found["peak_bytes"]] if found["peak_bytes"] else []
-    result["check"] = found["check"]
+    result["seconds"] += measured["seconds"]
+    result["peak_bytes"] += [measured["peak_bytes"]] if measured["peak_bytes"] else []
+    result["check"] = measured["check"]
     best = max if item.unit not in ("s", "ms") else min
-    figure = best(report.figures(entry, found["seconds"]))
+    figure = best(report.figures(entry, measured["seconds"]))
     note(f"{PARTIES[who].label} {report.significant(figure)} {item.unit}")
 
 
@@ -294,11 +294,11 @@ def choose_items(parser, args):
     """Return the Items that --items asks for, by name or letter, and those of the limits."""
     everything = items.make_items(getattr(items, args.sizes.upper()))
     known = {name for item in everything for name in (item.name, item.letter)}
-    for wanted in args.items or []:
-        if wanted not in known:
-            parser.error(f"argument --items: {wanted!r} is none of {', '.join(sorted(known))}")
-    wanted = {"limit", *(args.items or known)}
-    return [item for item in everything if wanted & {item.name, item.letter}]
+    for name in args.items or []:
+        if name not in known:
+            parser.error(f"argument --items: {name!r} is none of {', '.join(sorted(known))}")
+    chosen = {"limit", *(args.items or known)}
+    return [item for item in everything if chosen & {item.name, item.letter}]
 
 
 def run(args):
@@ -326,14 +326,14 @@ def read_record(path):
         raise ValueError(f"{path}: not a file that --json of this program wrote") from None
 
 
-def limit_threads(wanted):
-    """Keep this process and all that it starts to `wanted` cores; return how many there are."""
+def limit_threads(n_threads):
+    """Keep this process and all that it starts to `n_threads` cores; return how many there are."""
     if not hasattr(os, "sched_getaffinity"):  # not Linux: the programs are only told
-        return wanted or os.cpu_count() or 1
+        return n_threads or os.cpu_count() or 1
     cores = sorted(os.sched_getaffinity(0))
-    if wanted:
-        os.sched_setaffinity(0, cores[:wanted])
-    return min(wanted or len(cores), len(cores))
+    if n_threads:
+        os.sched_setaffinity(0, cores[:n_threads])
+    return min(n_threads or len(cores), len(cores))
 
 
 def main():
