@@ -835,7 +835,7 @@ def test_cache_takes_the_bytes_it_says():
         ([1.0, 2.0], "whole numbers.*dtype float64"),
         (["a"], "whole numbers"),
         ([True, False], "whole numbers.*dtype bool"),
-        (3, "shape (T,) or (B, T), found shape ()"),
+        (np.array(3), "shape (T,) or (B, T), found shape ()"),
         (np.zeros((1, 1, 1), int), "found shape (1, 1, 1)"),
         ([0] * 17, "position 17 exceeds n_ctx = 16"),
     ],
@@ -1696,7 +1696,14 @@ def test_show_token_is_unambiguous_and_fills_its_column(token, text):
 
 
 def test_show_percent_rounds_to_neither_0_nor_100():
-    shown = {0: "0.0%", 1e-9: "<0.1%", 4.9e-4: "<0.1%", 6e-4: "0.1%", 0.5: "50.0%", 0.999: "99.9%"}
+    shown = {
+        0.0: "0.0%",
+        1e-9: "<0.1%",
+        4.9e-4: "<0.1%",
+        6e-4: "0.1%",
+        0.5: "50.0%",
+        0.999: "99.9%",
+    }
     shown |= {0.9996: ">99.9%", 1 - 1e-9: ">99.9%", 1.0: "100.0%"}
     assert {p: streaming.percent(p) for p in shown} == shown
 

@@ -128,3 +128,9 @@ def test_what_a_file_cannot_hold_is_refused_and_leaves_the_file_alone(tmp_path, 
         llmc.save_tokens(path, [np.zeros(1).view(Many)], 300)
     assert path.read_bytes() == b"good"
     assert os.listdir(tmp_path) == ["it.bin"]
+
+
+def test_tokens_file_of_llmc_records_no_vocabulary(tmp_path):
+    llmc.save_tokens(tmp_path / "data.bin", [[1, 2, 3]], 0)  # llm.c leaves the field zero
+    tokens, n_vocab = llmc.load_tokens(tmp_path / "data.bin")
+    assert (tokens.tolist(), n_vocab) == ([1, 2, 3], 0)
