@@ -11,8 +11,9 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from gpt2_support import __version__, folders
 
@@ -72,24 +73,26 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-        def __init__(self, prog):
+        def __init__(self, prog: str) -> None:
             width = min(80, shutil.get_terminal_size().columns)
             super().__init__(prog, max_help_position=26, width=width)
 
-        def _fill_text(self, text, width, indent):
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
             wrapper = textwrap.TextWrapper(width, indent, indent, break_on_hyphens=False)
             lines = as_typed(text).splitlines()
             return "\n".join(x if x[:1] in ("", " ") else wrapper.fill(x) for x in lines)
 
-        def _get_help_string(self, action):
+        def _get_help_string(self, action: argparse.Action) -> str:
             nothing = action.default is None or action.default is False
             nothing = nothing or action.default in ("", [])
-            return as_typed(action.help if nothing else super()._get_help_string(action))
+            return as_typed((action.help if nothing else super()._get_help_string(action)) or "")
 
-        def _get_default_metavar_for_optional(self, action):
-            return METAVARS.get(getattr(action.type, "__name__", None), "TEXT")
+        def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+            return METAVARS.get(getattr(action.type, "__name__", ""), "TEXT")
 
-    def __init__(self, examples=(), prog=None, **kwargs):
+    def __init__(
+        self, examples: Sequence[str] = (), prog: str | None = None, **kwargs: Any
+    ) -> None:
         parts = ["\n  ".join(["examples:", *examples]), EXIT_STATUS]
         kwargs["epilog"] = "\n\n".join(parts[not examples :])
         prog = as_typed(prog or Path(sys.argv[0]).name)
@@ -98,10 +101,12 @@ class ArgumentParser(argparse.ArgumentParser):
             version = f"%(prog)s {__version__}"
             self.add_argument("--version", action="version", version=version, help=VERSION_HELP)
 
-    def add_argument_group(self, title=None, *args, **kwargs):
+    def add_argument_group(
+        self, title: str | None = None, *args: Any, **kwargs: Any
+    ) -> argparse._ArgumentGroup:
         return super().add_argument_group(title and as_typed(title), *args, **kwargs)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
