@@ -35,12 +35,16 @@ DATA = "model.ckpt.data-00000-of-00001"
 # Kills
 
 
-@pytest.mark.parametrize("name", faults.JOBS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("train", marks=pytest.mark.thorough), "download", "convert", "convert to hf"],
+)
 def test_killed_job_loses_nothing_and_comes_to_its_result(name, tmp_path, thorough):
     n_midst, n_ends = faults.run_job(name, 3 if thorough else 1, random.Random(7), tmp_path)
     assert n_midst >= 0 and n_ends >= 1
 
 
+@pytest.mark.thorough
 def test_kill_between_the_files_of_the_last_checkpoint_is_mended(tmp_path):
     """state.npz was of the last step, model.bin of the one before: --resume had nothing to do."""
     job = faults.Train(tmp_path)

@@ -5,7 +5,7 @@ cut, moved and repeated; lengths, counts and offsets replaced by awkward numbers
 kind of wrong value, nesting and number), and random bytes. Each file must be read, or refused by a
 ValueError that names it on one line, in seconds, and in memory in proportion to its size.
 
-Everything is drawn from fixed seeds. A quick run makes a twelfth of the files, and FUZZ=20 in the
+Everything is drawn from fixed seeds. A quick run makes a twentieth of the files, and FUZZ=20 in the
 environment makes 20 times as many.
 """
 
@@ -76,7 +76,7 @@ def amount(n):
 @pytest.fixture(autouse=True)
 def traced(thorough, monkeypatch):
     """Trace memory, and set the amount of files."""
-    monkeypatch.setattr(sys.modules[__name__], "FUZZ_DIVISOR", 1 if thorough else 12)
+    monkeypatch.setattr(sys.modules[__name__], "FUZZ_DIVISOR", 1 if thorough else 20)
     tracemalloc.start()
     yield
     tracemalloc.stop()
