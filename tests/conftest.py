@@ -42,6 +42,8 @@ def pytest_cmdline_main(config):
     if hasattr(config, "workerinput"):  # this is a worker: it must not start workers
         return
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if getattr(config.option, "cov_source", None):  # pytest-cov has chosen by now: -n goes with it
+        return
     if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses = "auto"
         config.option.dist = "worksteal"
