@@ -17,7 +17,8 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from helpers import CONFIG, random_params, random_tokens
+from hypothesis import given
 from hypothesis import strategies as st
 
 import encoder
@@ -28,24 +29,9 @@ from gpt2_support.params import Config, LayerNorm, Params, n_params
 
 pytestmark = pytest.mark.filterwarnings("error")  # an overflow or an invalid value is a failure
 
-CONFIG = Config(n_vocab=61, n_ctx=16, n_embd=12, n_head=3, n_layer=2)
 MINI = Config(n_vocab=7, n_ctx=5, n_embd=4, n_head=2, n_layer=2)  # for numeric gradients
 
 EPS = {np.float32: 1e-5, np.float64: 1e-12}  # how far two orders of the same sums may differ
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-def random_params(config=CONFIG, dtype=np.float64, seed=0, scale=0.3):
-    """Params far from any symmetry: N(0, scale), gains around 1, the padding zero."""
-    rng = np.random.default_rng(seed)
-    params = Params(config, np.zeros(n_params(config), dtype))
-    for name, array in params.named.items():
-        array[...] = name.endswith("/g") + scale * rng.standard_normal(array.shape)
-    return params
-
-
-def random_tokens(*shape, config=CONFIG, seed=1):
-    return np.random.default_rng(seed).integers(config.n_vocab, size=shape)
 
 
 def normal(*shape, seed=2):
@@ -707,7 +693,6 @@ def test_chunks_through_the_cache_equal_the_whole(dtype):
     params, tokens = random_params(dtype=dtype), random_tokens(2, 16)
     whole = gpt2.forward(params, tokens)
 
-    @PROPERTY
     @given(st.sets(st.integers(1, 15)), st.integers(1, 16))
     def check(cuts, n):
         kv = gpt2.KVCache(CONFIG, 2, dtype)
@@ -1457,7 +1442,6 @@ TEXTS = st.text("abé€", max_size=12)
 
 @pytest.mark.thorough
 def test_stream_result_does_not_depend_on_the_tokens():
-    @PROPERTY
     @given(TEXTS, st.lists(st.text("abé", min_size=1, max_size=4)), st.data())
     def check(text, stops, data):
         starts = []  # of the stops that are whole first
@@ -1474,7 +1458,6 @@ def test_stream_result_does_not_depend_on_the_tokens():
 
 
 def test_stream_shows_whatever_can_be_no_stop():
-    @PROPERTY
     @given(st.text("ab", max_size=12), st.text("ab", min_size=1, max_size=4))
     def check(text, stop):
         stream, out = streaming.TextStream(ENC, [stop]), ""
