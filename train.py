@@ -559,7 +559,7 @@ def make_state(args: Namespace, enc: Encoder) -> TrainState:
         params = init_params(shape, args.seed)
     else:
         loaded = gpt2.load(args.init, args.models_dir)
-        params = Params(loaded.config, loaded.flat.copy())
+        params = loaded.copy()
         check_tokenizer(args.init, params.config, enc.n_vocab)
     shard = args.group.shard(params.flat.size) if args.shard else None
     return TrainState(params, make_config(args, params.config), optimizer=AdamW(params, shard))

@@ -64,7 +64,7 @@ def forward(job):
 def step(job):
     """Take a training step: loss, gradient, clipping, AdamW."""
     loaded = gpt2.load(job.folder / job.model)
-    params = Params(loaded.config, loaded.flat.copy())
+    params = loaded.copy()
     state, losses = train.TrainState(params, settings(job, params.config)), []
     workers = DataParallel(gpt2.loss_and_grads, params, state.config.threads)
     batch = worker.random_batch(job, params.config.n_vocab)
@@ -88,7 +88,7 @@ def settings(job, model, steps=1, lr=worker.LR):
 def adamw(job):
     """Update all parameters, given the gradient."""
     params = gpt2.load(job.folder / job.model)
-    params = Params(params.config, params.flat.copy())
+    params = params.copy()
     grads = Params(params.config, np.full_like(params.flat, 1e-3))
     chosen, optimizer = settings(job, params.config), train.AdamW(params)
     workers = DataParallel(gpt2.loss_and_grads, params, chosen.threads)

@@ -47,7 +47,7 @@ class DataParallel:
     ) -> None:
         self._loss_and_grads = loss_and_grads
         self.n_threads, self.group = n_threads, group or ProcessGroup()
-        self.grads = [Params(params.config, np.zeros_like(params.flat)) for _ in range(n_threads)]
+        self.grads = [params.zeros_like() for _ in range(n_threads)]
         is_large = params.flat.size > 1 << 20  # so that waking a thread costs less than it does
         self.n_elementwise = max(n_threads, blas.get_threads()) if is_large else n_threads
         self.pool = ThreadPoolExecutor(self.n_elementwise)
