@@ -30,13 +30,9 @@ import encoder
 import gpt2
 from gpt2_support import checkpoint, cli, corpus, datasets, hub, train_cli
 from gpt2_support.checks import check_tokenizer
-from gpt2_support.data_parallel import (
-    DataParallel,
-    blas_threads,
-    decay_blocks,
-    serial,
-)
+from gpt2_support.data_parallel import DataParallel, decay_blocks, serial
 from gpt2_support.distributed import ProcessGroup, init_process_group
+from gpt2_support.evaluation import Evaluation, Windows, sum_losses
 from gpt2_support.formats import llmc
 from gpt2_support.interrupts import deferred_interrupts
 from gpt2_support.params import Config, Params
@@ -44,7 +40,7 @@ from gpt2_support.runlog import RunLog
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     from argparse import Namespace
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from jaxtyping import Float, Integer
     from numpy import ndarray
@@ -311,80 +307,18 @@ def train_step(
 # Evaluation
 
 
-@dataclass
-class Evaluation:
-    """How well a model predicts `n_tokens` tokens, which are `n_bytes` bytes of text."""
-
-    nats: float  # in total
-    n_tokens: int
-    n_bytes: int
-
-    @property
-    def loss(self) -> float:
-        """Nats a token."""
-        return self.nats / self.n_tokens
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Comparable between tokenizers, as nats a token are not."""
-        return self.nats / math.log(2) / max(1, self.n_bytes)
-
-    def __str__(self) -> str:
-        perplexity = math.exp(min(self.loss, 700))  # what a float can hold
-        return (
-            f"{self.loss:.4f} nats a token, perplexity {perplexity:.2f}, "
-            f"{self.bits_per_byte:.4f} bits a byte"
-        )
-
-
 def evaluate(
     params: Params, tokens: Tokens, lengths: Lengths, seq_len: int, stride: int | None = None
 ) -> Evaluation:
     """Return how well a model predicts tokens (N,) after the first, with a progress bar.
 
     `lengths` are the bytes of text that each token of the vocabulary stands for, 0 for end-of-text,
-    which must be predicted as any other token. See `window_losses` for seq_len and stride.
+    which must be predicted as any other token. See `Windows` for seq_len and stride, and for what
+    raises ValueError.
     """
-    from tqdm import tqdm
-
-    bar = tqdm(total=len(tokens) - 1, desc="evaluate", unit="tok", leave=False, delay=2)
-    nats = 0.0
-    with bar, blas_threads(params.config):
-        for losses in window_losses(params, tokens, seq_len, stride):
-            nats += float(losses.sum(dtype=np.float64))
-            bar.update(len(losses))
+    windows = Windows(tokens, seq_len, stride, ignore=gpt2.IGNORE_INDEX)
+    nats = sum_losses(lambda batch: gpt2.token_losses(params, *batch), windows)
     return Evaluation(nats, len(tokens) - 1, int(lengths[tokens[1:]].sum()))
-
-
-def window_losses(
-    params: Params,
-    tokens: Tokens,
-    seq_len: int,
-    stride: int | None = None,
-    batch_size: int | None = None,
-) -> Iterator[Float[ndarray, " n"]]:
-    """Yield, batch by batch, the losses in nats (n,) of tokens (N,) after the first: N - 1 in all.
-
-    They are read in windows of seq_len, one every `stride` tokens (by default, and at most,
-    seq_len). Each token counts once, in the first window that reaches it: a smaller stride gives
-    it more context, and takes more time. Raises ValueError if there are not two tokens.
-    """
-    if len(tokens) < 2:
-        raise ValueError(f"cannot evaluate on {len(tokens)} tokens: two at least are needed")
-    overlap = seq_len - (stride or seq_len)
-    batch_size = batch_size or max(1, 2048 // seq_len)
-    starts = range(0, max(1, len(tokens) - 1 - overlap), seq_len - overlap)
-    for i in range(0, len(starts), batch_size):
-        group = starts[i : i + batch_size]
-        x = np.zeros((len(group), seq_len), np.int64)
-        y = np.full_like(x, gpt2.IGNORE_INDEX)
-        for row, start in enumerate(group):
-            window = tokens[start : start + seq_len + 1]
-            x[row, : len(window) - 1] = window[:-1]
-            y[row, : len(window) - 1] = window[1:]
-            if start > 0:
-                y[row, :overlap] = gpt2.IGNORE_INDEX  # counted in the window before
-        yield gpt2.token_losses(params, x, y)[y != gpt2.IGNORE_INDEX]
 
 
 # ----------------------------------------------------------------------------------------------

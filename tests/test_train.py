@@ -1,4 +1,4 @@
-"""Tests of train.py: learning, evaluation, the loop and its command line."""
+"""Tests of train.py: learning, the loop and its command line."""
 
 import json
 import math
@@ -283,54 +283,6 @@ def test_training_overfits_one_batch():
     losses = take_steps(state, loader)
     assert losses[0] > 5
     assert losses[-1] < 0.01
-
-
-# --- evaluation ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [2, 5, 8, 9, 10, 17, 40])
-@pytest.mark.parametrize("stride", [None, 1, 3, 8])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_window_losses_count_each_token_once_in_its_first_window(n, stride, batch_size):
-    params = to_float64(train.init_params(TINY))
-    params.flat *= 20
-    tokens = uint16_tokens(n)
-    losses = np.concatenate(list(train.window_losses(params, tokens, 8, stride, batch_size)))
-    expected = []
-    for target in range(1, n):
-        start = 0
-        while target > start + 8:  # the first window that reaches it
-            start += stride or 8
-        logits = gpt2.forward(params, tokens[start:target])[-1]
-        expected.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max())
-        expected[-1] -= logits[tokens[target]]
-    assert losses == pytest.approx(expected, rel=1e-9)
-
-
-def test_evaluate_refuses_too_few_tokens():
-    with pytest.raises(ValueError, match="evaluate on 1 tokens"):
-        train.evaluate(train.init_params(TINY), uint16_tokens(1), np.ones(260, int), 8)
-
-
-def test_evaluate_is_in_nats_a_token_and_bits_a_byte():
-    enc = encoder.train(TEXT, 260)
-    params = Params(TINY)  # all zeros: every token is as likely
-    tokens = np.array([enc.eot, *enc.encode("one fish"), enc.eot, *enc.encode("two")], np.uint16)
-    result = train.evaluate(params, tokens, datasets.token_lengths(enc), 4)
-    assert result.n_tokens == len(tokens) - 1
-    assert result.n_bytes == len(b"one fishtwo")  # end-of-text is no bytes
-    assert result.loss == pytest.approx(math.log(260), rel=1e-6)
-    bits = result.n_tokens * math.log2(260) / result.n_bytes
-    assert result.bits_per_byte == pytest.approx(bits, rel=1e-6)
-    assert f"perplexity 260.00, {bits:.4f} bits a byte" in str(result)
-
-
-def test_evaluate_without_end_of_text_counts_all_bytes():
-    enc = encoder.Encoder(encoder.train(TEXT, 260).tokens[:-1])
-    tokens = np.array(enc.encode("one fish two"), np.uint16)
-    params = Params(replace(TINY, n_vocab=259))
-    result = train.evaluate(params, tokens, datasets.token_lengths(enc), 4)
-    assert result.n_bytes == len("one fish two") - len(enc.tokens[tokens[0]])
 
 
 # --- checkpoints of a run -----------------------------------------------------------------------

@@ -1,0 +1,117 @@
+"""How well a model predicts a text: the windows that it is read in, and the figures."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gpt2_support import blas
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Float, Integer
+    from numpy import ndarray
+
+    Batch = tuple[Integer[ndarray, "B T"], Integer[ndarray, "B T"]]  # tokens and targets
+
+TOKENS_PER_BATCH = 2048
+
+
+@dataclass
+class Evaluation:
+    """How well a model predicts `n_tokens` tokens, which are `n_bytes` bytes of text."""
+
+    nats: float  # in total
+    n_tokens: int
+    n_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.n_tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers, as nats a token are not."""
+        return self.nats / math.log(2) / max(1, self.n_bytes)
+
+    def __str__(self) -> str:
+        perplexity = math.exp(min(self.loss, 700))  # what a float can hold
+        return (
+            f"{self.loss:.4f} nats a token, perplexity {perplexity:.2f}, "
+            f"{self.bits_per_byte:.4f} bits a byte"
+        )
+
+
+class Windows:
+    """Batches of windows of seq_len tokens, one every `stride` (by default, and at most, seq_len).
+
+    Each of the N - 1 tokens after the first is a target once, in the first window that reaches it:
+    a smaller stride gives it more context, and takes more time. `ignore` marks all other targets.
+    Raises ValueError if there are not two tokens, or for a stride outside 1 to seq_len.
+    """
+
+    def __init__(
+        self,
+        tokens: Integer[ndarray, " N"],
+        seq_len: int,
+        stride: int | None = None,
+        batch_size: int | None = None,
+        ignore: int = -1,
+    ) -> None:
+        stride = seq_len if stride is None else stride
+        if len(tokens) < 2:
+            raise ValueError(f"cannot evaluate on {len(tokens)} tokens: two at least are needed")
+        if not 1 <= stride <= seq_len:
+            raise ValueError(f"the stride is {stride}, expected 1 to seq_len, {seq_len}")
+        self.tokens, self.seq_len, self.ignore = tokens, seq_len, ignore
+        self.overlap = seq_len - stride
+        self.batch_size = batch_size or max(1, TOKENS_PER_BATCH // seq_len)
+        self.starts = range(0, max(1, len(tokens) - 1 - self.overlap), stride)
+
+    def __len__(self) -> int:
+        return -(-len(self.starts) // self.batch_size)
+
+    def batch(self, i: int) -> Batch:
+        """Return the tokens and targets of batch i, (B, T) each."""
+        starts = self.starts[i * self.batch_size : (i + 1) * self.batch_size]
+        x = np.zeros((len(starts), self.seq_len), np.int64)
+        y = np.full_like(x, self.ignore)
+        for row, start in enumerate(starts):
+            window = self.tokens[start : start + self.seq_len + 1]
+            x[row, : len(window) - 1] = window[:-1]
+            y[row, : len(window) - 1] = window[1:]
+            if start > 0:
+                y[row, : self.overlap] = self.ignore  # a target in the window before
+        return x, y
+
+
+def sum_losses(losses: Callable[[Batch], Float[ndarray, "B T"]], windows: Windows) -> float:
+    """Return the sum of losses(batch) over all batches, in nats, with a progress bar.
+
+    Threads share the batches, one a core, each with one BLAS thread: so the work between the matrix
+    products is shared as well.
+    """
+    from tqdm import tqdm
+
+    def nats(i: int) -> tuple[float, int]:
+        batch = windows.batch(i)
+        total = float(losses(batch).sum(dtype=np.float64))
+        return total, int(np.count_nonzero(batch[1] != windows.ignore))
+
+    n_threads = min(blas.get_threads(), len(windows))
+    bar = tqdm(total=len(windows.tokens) - 1, desc="evaluate", unit="tok", leave=False, delay=2)
+    sums = []
+    with bar, blas.one_thread(), ThreadPoolExecutor(n_threads) as pool:
+        try:
+            for total, n_tokens in pool.map(nats, range(len(windows))):
+                sums.append(total)
+                bar.update(n_tokens)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error, too, soon
+    return math.fsum(sums)
