@@ -7,6 +7,7 @@ whose contents are wrong is a `DamagedFile`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from gpt2_support.messages import info
+from gpt2_support.messages import info, preview
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,23 +31,34 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a temporary file for writing bytes; when the block ends well, rename it to `path`.
 
     Other processes see the old file or the whole new file, even if this process is killed: the
-    bytes are on the disk before the rename. An error leaves the old file as it was. The temporary
+    bytes are on the disk before the rename. An error leaves the old file as it was. Of several that
+    write one path at once, each writes a file of its own, and the last rename stays. The temporary
     file of a process that was killed is removed when the same path is written again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    file = open_temporary(path)
     try:
-        with with_path(path):
-            with open(temporary, "wb") as file:
-                try_lock(file)  # tells remove_leftovers that this process is alive
-                yield file
-                sync(file)
-            os.replace(temporary, path)
+        with with_path(path), file:
+            yield file
+            sync(file)
+            if sys.platform == "win32":  # which renames no open file
+                file.close()
+            os.replace(file.name, path)  # still locked, so that nobody takes it for a leftover
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        Path(file.name).unlink(missing_ok=True)
         raise
+
+
+def open_temporary(path: Path) -> BinaryIO:
+    """Create a file beside `path`, of a name that nobody else uses, and lock it."""
+    while True:
+        temporary = path.with_name(f"{path.name}.{os.urandom(8).hex()}.tmp")
+        file = open(temporary, "xb")  # noqa: SIM115 (the caller closes it)
+        if try_lock(file) and is_at(file, temporary):
+            return file
+        file.close()  # before it was locked, another process took it for a leftover
 
 
 @contextlib.contextmanager
@@ -69,11 +81,19 @@ def sync(file: IO[Any]) -> None:
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary files of `path` that no living process holds the lock of."""
     for temporary in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            with open(temporary, "r+b") as file:
-                is_free = try_lock(file, without_locks=False)
-            if is_free:
+        with contextlib.suppress(OSError), open(temporary, "r+b") as file:
+            if try_lock(file, without_locks=False):
+                if sys.platform == "win32":  # which removes no open file
+                    file.close()
                 temporary.unlink()
+
+
+def is_at(file: IO[Any], path: Path) -> bool:
+    """Tell whether an open file is the one that is at `path` now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
@@ -102,8 +122,9 @@ def try_lock(file: IO[Any], without_locks: bool = True) -> bool:
         if sys.platform == "win32":
             import msvcrt
 
-            file.seek(0)
+            file.seek(1 << 30)  # beyond the bytes, for nobody else may read one that is locked
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            file.seek(0)
         else:
             import fcntl
 
@@ -116,36 +137,57 @@ def try_lock(file: IO[Any], without_locks: bool = True) -> bool:
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path) -> Iterator[None]:
-    """Hold the lock of a file during the block; wait first if another process holds it.
+def hold_lock(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a file during the block; if another process holds it, wait for that.
 
-    The operating system frees the lock of a process that dies. The file is removed at the end, and
-    a process that waited for it locks a new file. On a file system without locks two processes may
-    run at once; the checksums of what they write then fail.
+    Without `wait`, raises BlockingIOError that says which process. The operating system frees the
+    lock of a process that dies. The file is removed at the end, and a process that waited for it
+    locks a new file. On a file system without locks two processes may run at once.
     """
-    file = open_locked(path)
+    file = open_locked(path, wait)
     try:
+        with contextlib.suppress(OSError):  # a full disk
+            file.truncate(0)
+            file.write(this_process().encode())
         yield
     finally:
-        if sys.platform == "win32":  # Windows does not remove an open file
+        is_ours = is_at(file, path)  # it is not if somebody has removed the folder
+        if sys.platform == "win32":  # which removes no open file
             file.close()
-        with contextlib.suppress(OSError):
-            path.unlink()
+        if is_ours:
+            with contextlib.suppress(OSError):
+                path.unlink()
         file.close()
 
 
-def open_locked(path: Path) -> BinaryIO:
-    """Open a file, made if it is absent, and lock it; wait while another process holds it."""
+def open_locked(path: Path, wait: bool) -> IO[bytes]:
+    """Open a file, made if it is absent, and lock it; see `hold_lock`."""
     while True:
-        file = open(path, "ab")  # noqa: SIM115 (the caller closes it)
+        file = open(path, "ab", buffering=0)  # noqa: SIM115 (the caller closes it)
         if not try_lock(file):
+            if not wait:
+                file.close()
+                raise BlockingIOError(errno.EAGAIN, lock_holder(path), str(path))
             info(f"{path}: waiting for another download of this model to end")
             while not try_lock(file):
                 time.sleep(0.2)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
+        if is_at(file, path):
+            return file
         file.close()  # the process that held the lock has removed the file
+
+
+def lock_holder(path: Path) -> str:
+    """Return which process holds a lock, as it has written into the file."""
+    with contextlib.suppress(OSError):
+        return preview(path.read_text("utf-8", "replace")) or "a process that has just begun"
+    return "a process that has just ended"
+
+
+def this_process() -> str:
+    """Return what to call this process in the messages of others."""
+    import platform
+
+    return f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M')}"
 
 
 # Reading

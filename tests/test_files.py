@@ -1,4 +1,6 @@
-"""Atomic writes."""
+"""Tests of gpt2_support/files.py: atomic writes and locks; more of both in test_faults.py."""
+
+import os
 
 import pytest
 from model_files import contents
@@ -22,3 +24,59 @@ def test_atomic_write_names_the_file_when_the_disk_is_full(tmp_path):
     with full, files.atomic_write(tmp_path / "model.bin"):
         raise OSError(28, "No space left on device")
     assert contents(tmp_path) == {}
+
+
+def test_atomic_writes_of_one_file_at_once_are_each_whole(tmp_path):
+    """As of two threads, or of two containers whose processes have the same id."""
+    path = tmp_path / "file"
+    with files.atomic_write(path) as first:
+        first.write(b"first, ")
+        with files.atomic_write(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+        first.write(b"to its end")
+    assert contents(tmp_path) == {"file": b"first, to its end"}
+
+
+@pytest.mark.parametrize("moment", ["before the lock", "during the lock", "before the rename"])
+def test_atomic_write_survives_another_that_looks_for_leftovers(tmp_path, monkeypatch, moment):
+    path, name = tmp_path / "file", "replace" if moment == "before the rename" else "try_lock"
+    module = files.os if name == "replace" else files
+    function, looks = getattr(module, name), []
+
+    def look_first(*args, **kwargs):
+        monkeypatch.setattr(module, name, function)
+        (temporary,) = tmp_path.glob("*.tmp")
+        if moment == "during the lock":
+            looks.append(open(temporary, "r+b"))  # noqa: SIM115 (closed at the end)
+            assert files.try_lock(looks[0])
+            temporary.unlink()
+        else:
+            files.remove_leftovers(path)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, look_first)
+    with files.atomic_write(path) as file:
+        file.write(b"whole")
+    assert contents(tmp_path) == {"file": b"whole"}
+    for other in looks:
+        other.close()
+
+
+def test_hold_lock_without_waiting_says_who_holds_it(tmp_path):
+    path = tmp_path / "lock"
+    refused = pytest.raises(BlockingIOError, match=f"process {os.getpid()} on .*, since 20")
+    with files.hold_lock(path), refused, files.hold_lock(path, wait=False):
+        pass
+    with files.hold_lock(path, wait=False):
+        pass
+    assert contents(tmp_path) == {}
+
+
+def test_hold_lock_removes_no_lock_of_another(tmp_path):
+    """The folder was removed, and another process has made a lock in its place."""
+    path = tmp_path / "lock"
+    with files.hold_lock(path):
+        path.unlink()
+        path.write_bytes(b"of another")
+    assert contents(tmp_path) == {"lock": b"of another"}
