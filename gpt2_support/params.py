@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from gpt2_support.messages import preview
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     from collections.abc import Iterator
+    from typing import Any
 
     from jaxtyping import Float
     from numpy import ndarray
@@ -32,11 +35,13 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if type(value) is not int or not 1 <= value < 2**31:  # the .bin header has 32 bits
+            n = whole_number(value)
+            if n is None or not 1 <= n < 2**31:  # the .bin header has 32 bits
                 value = repr(value) if isinstance(value, str) else value
                 raise ValueError(
                     f"{name} = {preview(value)} is not a positive whole number below 2**31"
                 )
+            object.__setattr__(self, name, n)  # NumPy's numbers become ints
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
 
@@ -44,6 +49,14 @@ class Config:
     def n_vocab_padded(self) -> int:
         """Rows of wte in the buffer: n_vocab rounded up to a multiple of 128, as in llm.c."""
         return -(-self.n_vocab // 128) * 128
+
+
+def whole_number(value: object) -> int | None:
+    """Return a whole number of any type as an int; None for any other value, also a bool."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -92,18 +105,31 @@ def n_params(config: Config) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
+def assign(name: str, array: ndarray, value: Any) -> None:
+    """Write a number, or an array of the same shape, into an array that views a buffer."""
+    if value is array:  # `p.b += x` has already added in place
+        return
+    if not array.flags.writeable:
+        raise ValueError(f"{name} is read-only, as loaded: params = params.copy() can be changed")
+    if np.shape(value) not in ((), array.shape):
+        raise ValueError(f"{name} has the shape {array.shape}, not {np.shape(value)}")
+    array[...] = value
+
+
 class Group:
     """Parameters that belong together. Assigning to one writes into the buffer that it views."""
 
     def __init__(self, **members: object) -> None:
         vars(self).update(members)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         array = getattr(self, name)
         if not isinstance(array, np.ndarray):
             raise AttributeError(f"{name} is not an array: assign to the arrays in it")
-        if value is not array:  # `p.b += x` has already added in place
-            array[...] = value
+        assign(name, array, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{name} is a part of the model")
 
     def __repr__(self) -> str:
         members = (f"{name}: {getattr(x, 'shape', x)}" for name, x in vars(self).items())
@@ -147,12 +173,26 @@ class Block(Group):
     mlp: MLP
 
 
-class Views(dict):
+class Views(MutableMapping):
     """Arrays by name. Assigning to a name writes into the buffer that its array views."""
 
-    def __setitem__(self, name: str, value: object) -> None:
-        if value is not self[name]:
-            self[name][...] = value
+    def __init__(self, arrays: dict[str, ndarray]) -> None:
+        self._arrays = arrays
+
+    def __getitem__(self, name: str) -> ndarray:
+        return self._arrays[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        assign(name, self._arrays[name], value)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{name} is a part of the model")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
 
 
 class Params(Group):
@@ -169,10 +209,10 @@ class Params(Group):
 
     config: Config
     flat: Float[ndarray, " N"]
-    named: dict[str, ndarray]
+    named: Views
     wte: Float[ndarray, "V C"]
     wpe: Float[ndarray, "n_ctx C"]
-    h: list[Block]
+    h: tuple[Block, ...]
     ln_f: LayerNorm
 
     def __init__(self, config: Config, flat: Float[ndarray, " N"] | None = None) -> None:
@@ -199,7 +239,7 @@ class Params(Group):
             named=named,
             wte=named["model/wte"],
             wpe=named["model/wpe"],
-            h=[block(f"h{i}") for i in range(config.n_layer)],
+            h=tuple(block(f"h{i}") for i in range(config.n_layer)),
             ln_f=layer_norm("ln_f"),
         )
 
@@ -221,7 +261,8 @@ class Params(Group):
 
 def name_views(config: Config, flat: Float[ndarray, " N"]) -> Views:
     """Return views into a packed buffer by OpenAI's names."""
-    named, end = Views(), 0
+    named: dict[str, ndarray] = {}
+    end = 0
     for name, shape in parameter_shapes(config).items():
         start, end = end, end + math.prod(shape)
         array = flat[start:end].reshape(shape)
@@ -230,5 +271,5 @@ def name_views(config: Config, flat: Float[ndarray, " N"]) -> Views:
         if name.startswith("h/"):
             named.update({f"model/h{i}{name[1:]}": array[i] for i in range(config.n_layer)})
         else:
-            named.update({f"model/{name}": array})
-    return named
+            named[f"model/{name}"] = array
+    return Views(named)

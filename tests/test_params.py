@@ -1,5 +1,8 @@
 """Config, the table of parameters, and the packed buffer."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from helpers import TINY, random_params
@@ -15,7 +18,18 @@ def test_config_default_is_124m():
 
 
 @pytest.mark.parametrize(
-    "values", [{"n_head": 5}, {"n_layer": 0}, {"n_ctx": 1.5}, {"n_vocab": "x"}, {"n_head": True}]
+    "values",
+    [
+        {"n_head": 5},
+        {"n_layer": 0},
+        {"n_ctx": 1.5},
+        {"n_vocab": "x"},
+        {"n_head": True},
+        {"n_vocab": np.float64(300)},
+        {"n_ctx": np.bool_(True)},
+        {"n_embd": 2**31},
+        {"n_ctx": None},
+    ],
 )
 def test_config_refuses_bad_values(values):
     with pytest.raises(ValueError, match=next(iter(values))):
@@ -50,3 +64,105 @@ def test_tensors_are_the_named_arrays_in_file_order():
 def test_params_refuses_a_buffer_of_another_length():
     with pytest.raises(ValueError, match="needs"):
         Params(TINY, np.zeros(n_params(TINY) + 1, np.float32))
+
+
+def assert_is_whole(params, like):
+    """The values of `like`, in a buffer that the named arrays view."""
+    assert params.flat.tobytes() == like.flat.tobytes() and params.config == like.config
+    params.flat[...] = np.arange(params.flat.size)
+    assert params.wte is params.named["model/wte"]
+    assert params.wte[0, 1] == 1 and params.ln_f.b[-1] == params.flat.size - 1
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [Params.copy, copy.deepcopy, lambda params: pickle.loads(pickle.dumps(params))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_params_copies_are_whole_and_their_own(duplicate):
+    original = random_params(TINY, np.float32)
+    assert_is_whole(duplicate(original), original)
+    assert (original.flat == random_params(TINY, np.float32).flat).all()
+
+
+def test_params_copies_of_a_mapped_file_can_be_changed(tmp_path):
+    llmc.save_params(tmp_path / "model.bin", random_params(TINY, np.float32))
+    mapped = llmc.load_params(tmp_path / "model.bin")
+    for duplicate in (mapped.copy(), copy.deepcopy(mapped)):
+        assert_is_whole(duplicate, mapped)
+
+
+def test_params_copied_together_with_their_buffer_stay_together():
+    params = random_params(TINY)
+    both = copy.deepcopy({"params": params, "flat": params.flat})
+    assert both["params"].flat is both["flat"]
+    assert copy.copy(params).flat is params.flat
+
+
+def test_params_assignment_writes_into_the_buffer():
+    params, values = Params(TINY), random_params(TINY)
+    params.wte = values.wte
+    params.h[1].attn.c_attn.w = values.h[1].attn.c_attn.w
+    params.ln_f.g = 3
+    params.named["model/wpe"] = values.wpe
+    params.named.update({"model/ln_f/b": values.ln_f.b})
+    assert params.wte is params.named["model/wte"] and (params.wte == np.float32(values.wte)).all()
+    params.wte *= 2
+    params.ln_f.b += 1
+    saved = Params(TINY, params.flat.copy())
+    for name in ("model/wte", "model/h1/attn/c_attn/w", "model/ln_f/g", "model/wpe"):
+        assert saved.named[name].any(), name
+    assert (saved.wte == 2 * np.float32(values.wte)).all() and (saved.ln_f.g == 3).all()
+    assert (saved.ln_f.b == np.float32(values.ln_f.b) + 1).all()
+    params.flat = 0.0 * params.flat
+    assert not params.wte.any()
+
+
+@pytest.mark.parametrize(
+    "assign, message",
+    [
+        (lambda p: setattr(p, "wte", p.wte[0]), r"wte.*\(260, 8\), not \(8,\)"),  # no broadcasting
+        (lambda p: p.named.__setitem__("model/wte", p.wte.T), r"model/wte.*\(8, 260\)"),
+        (lambda p: setattr(p, "ln_f", p.h[0].ln_1), "ln_f.*assign to the arrays in it"),
+        (lambda p: setattr(p, "h", []), "h.*assign to the arrays in it"),
+        (lambda p: setattr(p, "config", TINY), "config.*assign to the arrays in it"),
+        (lambda p: setattr(p, "new", 1), "new"),
+        (lambda p: p.h.__setitem__(0, p.h[1]), "item assignment|__setitem__"),
+        (lambda p: delattr(p, "wte"), "wte"),
+        (lambda p: p.named.__setitem__("wte", 1), "wte"),
+        (lambda p: p.named.pop("model/wte"), "model/wte"),
+        (lambda p: p.named.clear(), "model/"),
+    ],
+)
+def test_params_refuse_what_would_part_names_and_buffer(assign, message):
+    params = random_params(TINY)
+    with pytest.raises((AttributeError, ValueError, KeyError, TypeError), match=message):
+        assign(params)
+    assert_is_whole(params, random_params(TINY))
+
+
+def test_params_read_only_say_to_copy_first(tmp_path):
+    llmc.save_params(tmp_path / "model.bin", Params(TINY))
+    mapped = llmc.load_params(tmp_path / "model.bin")
+    for assign in (
+        lambda: setattr(mapped, "wte", 1),
+        lambda: setattr(mapped.ln_f, "g", 1),
+        lambda: mapped.named.update({"model/wpe": 1}),
+    ):
+        with pytest.raises(ValueError, match=r"read-only.*params\.copy\(\)"):
+            assign()
+
+
+def test_params_repr_is_short_and_tells_the_size():
+    params = Params(TINY)
+    assert repr(params) == f"Params({TINY}, 3,904 parameters, float32)"
+    assert repr(params.ln_f) == "LayerNorm(g: (8,), b: (8,))"
+    assert repr(params.h[0].mlp.c_fc) == "Linear(w: (32, 8), b: (32,))"
+    assert len(repr(params.named)) < 100
+
+
+def test_config_takes_any_whole_number_and_keeps_an_int():
+    config = Config(n_vocab=np.int64(300), n_layer=np.uint8(2), n_embd=np.array(48))
+    assert config == Config(300, n_layer=2, n_embd=48)
+    assert {type(value) for value in vars(config).values()} == {int}
+    assert hash(config) == hash(Config(300, n_layer=2, n_embd=48))
