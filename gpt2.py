@@ -36,8 +36,8 @@ from gpt2_support.checks import (
     check_tokenizer,
     check_tokens,
 )
-from gpt2_support.formats.llmc import load_params
 from gpt2_support.messages import info
+from gpt2_support.weights import load_params
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     import argparse

@@ -9,7 +9,7 @@
     convert("models/mine", "path/to/hf", to="hf")
 
 Parameters. `Params` is one packed buffer with a named view of every array, `Config` its
-hyper-parameters. `load_params` maps a model .bin file into memory, `save_params` writes one.
+hyper-parameters. `load_params` reads a model of any format, `save_params` writes a model .bin file.
 
 Models. `find_model` returns the path of a model by name or path, `download` fetches one of OpenAI's
 models, `convert` turns a model of any format into a folder of ours or of Hugging Face's.
@@ -23,11 +23,11 @@ The rooms of `gpt2_support` define all of these. The command line is `python uti
 """
 
 from gpt2_support.cli import run
-from gpt2_support.formats.llmc import load_params, load_tokens, save_params, save_tokens
+from gpt2_support.formats.llmc import load_tokens, save_params, save_tokens
 from gpt2_support.formats.token_table import load_tokenizer, save_tokenizer
 from gpt2_support.hub import MODELS_DIR, download, find_model
 from gpt2_support.params import Config, Params
-from gpt2_support.weights import convert
+from gpt2_support.weights import convert, load_params
 from gpt2_support.weights_cli import main
 
 __all__ = [

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import os
+import stat
 import sys
 import time
 from pathlib import Path
@@ -201,9 +202,27 @@ class DamagedFile(ValueError):
         self.path = Path(path)
 
 
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a file for reading bytes; raise OSError if it is a folder, a pipe or a device.
+
+    A reader opens its file once. What replaces the file meanwhile is then not read.
+    """
+    check_regular(path)
+    return open(path, "rb")
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise OSError unless `path` is a regular file: to open a pipe would wait for its writer."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        actual = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise OSError(f"{path}: {actual}, expected a file")
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """Return the object (a dict) that a JSON file holds; raise ValueError for anything else."""
-    return parse_json(path, Path(path).read_bytes())
+    with open_file(path) as file:
+        return parse_json(path, file.read())
 
 
 def parse_json(path: str | Path, text: bytes) -> dict[str, Any]:

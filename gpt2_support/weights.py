@@ -1,65 +1,127 @@
 """Models converted from any format into any other, a tensor at a time.
 
 Each reader in `formats` gives a Config and a function `get(name)`, which reads one tensor when it
-is called; each writer calls it for the tensors in the order of its file.
+is called; each writer calls it for the tensors in the order of its file. `load_params` reads a
+model of any format into memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gpt2_support.files import atomic_write, sync
 from gpt2_support.formats import huggingface, llmc, tensorflow
 from gpt2_support.formats.stored_tensor import GetTensor
 from gpt2_support.formats.token_table import load_tokenizer, save_tokenizer
 from gpt2_support.messages import info
-from gpt2_support.params import Config
+from gpt2_support.params import Config, Params, n_params
 
 Tokenizer = tuple[list[bytes], int | None]  # as load_tokenizer returns it
+OpenModel = Callable[[Path], contextlib.AbstractContextManager[tuple[Config, GetTensor]]]
+RUN_FILES = ("state.npz", "log.csv", "loss.png", "best")  # what train.py keeps beside a model
+SAVE_ADVICE = "save it as safetensors, with save_pretrained(FOLDER) of transformers"
 
 
-def convert(source: str | Path, target: str | Path, to: str = "bin") -> None:
+def load_params(path: str | Path) -> Params:
+    """Return the Params of a model in any format that we read; those of `gpt2.load` are read-only.
+
+    A model .bin file, or a folder that has one, is loaded by `llmc.load_params`. Others are
+    converted in memory. Raises FileNotFoundError, or ValueError saying what is wrong with it.
+    """
+    reader, path, _ = find_reader(Path(path))
+    if reader is llmc.open_model:
+        return llmc.load_params(path)
+    with reader(path) as (config, get):
+        flat = np.zeros(n_params(config), np.float32)
+        for name, array in Params(config, flat).named.items():
+            array[...] = get(name)
+    flat.flags.writeable = False
+    return Params(config, flat)
+
+
+def convert(
+    source: str | Path, target: str | Path, to: str = "bin", overwrite: bool = False
+) -> None:
     """Convert a model into a folder of ours (`to="bin"`) or of Hugging Face's (`to="hf"`).
 
-    `source` is a folder in OpenAI's layout, of Hugging Face's or of ours, or a model .bin file.
-    Nothing in `target` is replaced before all of `source` has been read and verified. Raises
+    `source` is a folder in OpenAI's layout, of Hugging Face's or of ours, a model .bin file, or a
+    .safetensors file beside its config.json. Nothing in `target` is replaced before all of `source`
+    has been read and verified. A training run there is replaced only if `overwrite`. Raises
     FileNotFoundError, or ValueError naming the file and what is wrong with it.
     """
     source, target = Path(source), Path(target)
     folder = source.parent if source.is_file() else source
-    if target.resolve() == folder.resolve():
-        raise ValueError(f"{target} is the source itself: give another folder as the target")
-    if target.is_file() or target.suffix == ".bin":
-        raise ValueError(f"{target} is the name of a file: give a folder as the target")
-    config, get, description = open_model(source)
-    info(f"{source}: {description}, {config}")
-    tokenizer = open_tokenizer(folder, config)
-    save = {"bin": save_model_folder, "hf": save_hf_folder}[to]
-    save(target, config, get, tokenizer)
+    check_target(folder, target, overwrite)
+    with open_model(source) as (config, get, description):
+        info(f"{source}: {description}, {config}")
+        tokenizer = open_tokenizer(folder, config)
+        save = {"bin": save_model_folder, "hf": save_hf_folder}[to]
+        save(target, config, get, tokenizer)
+    for path in find_run(target):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     info(f"{target}: written")
 
 
-def open_model(source: Path) -> tuple[Config, GetTensor, str]:
-    """Return (config, get, description) of a model in any format that we read.
+def find_run(folder: Path) -> list[Path]:
+    """Return the paths of what train.py has left in a folder beside its model."""
+    return [folder / name for name in RUN_FILES if os.path.lexists(folder / name)]
+
+
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Raise ValueError if a folder cannot be the target of a conversion from another one."""
+    same = os.path.realpath(target) == os.path.realpath(source)
+    if same or (target.exists() and source.exists() and os.path.samefile(source, target)):
+        raise ValueError(f"{target} is the source itself: give another folder as the target")
+    if target.suffix == ".bin" or (target.exists() and not target.is_dir()):
+        raise ValueError(f"{target} is the name of a file: give a folder as the target")
+    run = find_run(target)
+    if run and not overwrite:
+        raise ValueError(
+            f"{target}: a training run ({run[0].name}) would lose its model: give another folder, "
+            "or --overwrite to replace the run"
+        )
+    if run and Path(os.path.realpath(target)) in Path(os.path.realpath(source)).parents:
+        raise ValueError(f"{source} is in {target}, which would be replaced: give another folder")
+
+
+@contextlib.contextmanager
+def open_model(source: Path) -> Iterator[tuple[Config, GetTensor, str]]:
+    """Give (config, get, description) of a model in any format that we read.
 
     Raises FileNotFoundError, or ValueError saying what is there and what was expected.
     """
-    if source.is_file():
-        return *llmc.open_model(source), "a model file"
+    reader, path, description = find_reader(source)
+    with reader(path) as (config, get):
+        yield config, get, description
+
+
+def find_reader(source: Path) -> tuple[OpenModel, Path, str]:
+    """Return the function that opens a model, the path to give it, and what the model is."""
+    if source.suffix == ".safetensors":
+        return huggingface.open_model, source, "a Hugging Face model"
+    if source.suffix in (".pt", ".pth", ".ckpt") or source.name == "pytorch_model.bin":
+        raise ValueError(f"{source}: a file of PyTorch, which cannot be read here: {SAVE_ADVICE}")
+    if source.exists() and not source.is_dir():
+        return llmc.open_model, source, "a model file"
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder")
     names = sorted(path.name for path in source.iterdir())
     if "model.bin" in names:
-        return *llmc.open_model(source / "model.bin"), "one of our models"
+        return llmc.open_model, source / "model.bin", "one of our models"
     if "hparams.json" in names or any(name.endswith(".index") for name in names):
-        return *tensorflow.open_model(source), "a checkpoint in OpenAI's layout"
+        return tensorflow.open_model, source, "a checkpoint in OpenAI's layout"
     if any(name.startswith("model.safetensors") for name in names):
-        return *huggingface.open_model(source), "a Hugging Face model"
-    if "pytorch_model.bin" in names:
-        raise ValueError(f"{source}: found pytorch_model.bin; save the model as safetensors first")
+        return huggingface.open_model, source, "a Hugging Face model"
+    if any(name.startswith("pytorch_model") for name in names):
+        raise ValueError(f"{source}: found pytorch_model.bin, which cannot be read: {SAVE_ADVICE}")
     raise ValueError(
         f"{source}: found {', '.join(names[:8]) or 'nothing'}; expected model.bin, OpenAI's "
         "hparams.json and model.ckpt.*, or Hugging Face's config.json and model.safetensors"
@@ -107,7 +169,7 @@ def save_hf_folder(
     files: dict[str, Any] = {"config.json": huggingface.config_json(config, eot)}
     if tokenizer:
         files |= huggingface.tokenizer_files(config, *tokenizer)
-    check_leftovers(folder, files, huggingface.TOKENIZER_FILES)
+    check_leftovers(folder, files, (*huggingface.TOKENIZER_FILES, "model.bin", "tokenizer.bin"))
     with atomic_write(folder / "model.safetensors") as file:
         huggingface.write_safetensors(file, config, get)
         sync(file)

@@ -70,8 +70,8 @@ def add_convert(commands: Commands) -> None:
         help="convert a model from or to another format",
         description="Convert a model, and the tokenizer beside it. SOURCE is a folder in OpenAI's "
         "layout (hparams.json, model.ckpt.*), in Hugging Face's (config.json, model.safetensors), "
-        "one of our model folders, or a model .bin file. What TARGET holds is replaced only when "
-        "the whole of SOURCE has been read and verified.",
+        "one of our model folders, a model .bin file, or a .safetensors file. What TARGET holds is "
+        "replaced only when the whole of SOURCE has been read and verified.",
         examples=[
             "python utils.py convert path/to/gpt2 models/mine",
             "python utils.py convert models/mine path/to/hf --to hf",
@@ -86,6 +86,7 @@ def add_convert(commands: Commands) -> None:
         default="bin",
         help="what to write: our model.bin and tokenizer.bin, or what transformers loads",
     )
+    add("--overwrite", action="store_true", help="replace a training run that is in TARGET")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.command == "download":
         download(args.name, args.models_dir, args.base_url, args.keep)
     else:
-        convert(args.source, args.target, args.to)
+        convert(args.source, args.target, args.to, args.overwrite)
 
 
 def command() -> None:

@@ -204,8 +204,8 @@ class Convert:
         name = {"bin": "model.bin", "hf": "model.safetensors"}[self.to]
         actual = (self.target / name).read_bytes()
         assert actual in [good[name] for good in self.good], "neither the old nor the new model"
-        config, _, _ = weights.open_model(self.target)
-        assert weights.open_tokenizer(self.target, config) is not None
+        with weights.open_model(self.target) as (config, _, _):
+            assert weights.open_tokenizer(self.target, config) is not None
 
     def result(self):
         return read_files(self.target), self.goal

@@ -1435,7 +1435,8 @@ def test_golden_loss_and_gradients_of_pytorch(shared, dtype, tolerance):
 def test_golden_debug_state_of_llmc(shared):
     params = llmc.load_params(shared("golden/llmc_tiny.bin"))
     path, config = shared("golden/llmc_tiny_debug_state.bin"), params.config
-    _, _, B, T, *_ = llmc.read_header(path, llmc.STATE_MAGIC, (2,))
+    with open(path, "rb") as file:
+        _, _, B, T, *_ = llmc.read_header(file, llmc.STATE_MAGIC, (2,))
     ids = np.fromfile(path, "<i4", 2 * B * T, offset=1024).reshape(2, B, T)
     values = np.fromfile(path, "<f4", offset=1024 + ids.nbytes)
     logits, loss, flat = np.split(values, [B * T * config.n_vocab, B * T * config.n_vocab + 1])

@@ -272,7 +272,8 @@ def test_model_file_of_any_bytes(tmp_path):
     def read():
         params = llmc.load_params(path)
         assert params.flat.dtype == np.float32 and params.wte.shape[0] == params.config.n_vocab
-        read_all(*llmc.open_model(path))
+        with llmc.open_model(path) as (config, get):
+            read_all(config, get)
 
     small = Config(n_vocab=1, n_ctx=1, n_embd=1, n_head=1, n_layer=10)
     assert fuzz(tmp_path, path.name, model_files() + model_files(small), read)
@@ -314,9 +315,9 @@ def reader(folder):
     """Return a function that reads the whole of a model's folder, which it has done once."""
 
     def read():
-        config, get, _ = weights.open_model(folder)
-        read_all(config, get)
-        weights.open_tokenizer(folder, config)
+        with weights.open_model(folder) as (config, get, _):
+            read_all(config, get)
+            weights.open_tokenizer(folder, config)
 
     read()
     return read
@@ -441,8 +442,9 @@ def test_safetensors_of_any_header(hugging_face):
         return len(text).to_bytes(8, "little") + text + good[8 + n_header :]
 
     def read_and_check():
-        for entry in huggingface.read_safetensors(path).values():
-            assert 0 <= entry.offset <= entry.offset + entry.size <= path.stat().st_size
+        with open(path, "rb") as file:
+            for entry in huggingface.read_safetensors(file).values():
+                assert 0 <= entry.offset <= entry.offset + entry.size <= path.stat().st_size
         read()
 
     fuzz(folder, path.name, [good[8 : 8 + n_header]], read_and_check, 800, mutate=mutate)
@@ -459,7 +461,8 @@ def test_safetensors_index_of_any_json(hugging_face):
     folder, read = hugging_face
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     shutil.copy(folder / "model-1.safetensors", folder.parent / "outside.safetensors")
-    names = huggingface.read_safetensors(folder / "model-1.safetensors")
+    with open(folder / "model-1.safetensors", "rb") as file:
+        names = list(huggingface.read_safetensors(file))
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-1.safetensors")}
     name = "model.safetensors.index.json"
     (folder / name).write_text(json.dumps(index), encoding="utf-8")

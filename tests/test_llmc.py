@@ -134,3 +134,66 @@ def test_tokens_file_of_llmc_records_no_vocabulary(tmp_path):
     llmc.save_tokens(tmp_path / "data.bin", [[1, 2, 3]], 0)  # llm.c leaves the field zero
     tokens, n_vocab = llmc.load_tokens(tmp_path / "data.bin")
     assert (tokens.tolist(), n_vocab) == ([1, 2, 3], 0)
+
+
+def replaced(path, other, monkeypatch):
+    """Replace a file by another when its header has been read, before its size is looked at."""
+
+    def replace(*args):
+        os.replace(other, path)
+        monkeypatch.undo()
+        llmc.check_size(*args)
+
+    monkeypatch.setattr(llmc, "check_size", replace)
+
+
+@pytest.mark.parametrize("small", [0, llmc.SMALL])  # mapped, and in memory
+def test_model_that_is_replaced_while_it_is_loaded_is_the_first(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(llmc, "SMALL", small)
+    first = random_params(TINY, np.float32)
+    llmc.save_params(tmp_path / "model.bin", first)
+    llmc.save_params(tmp_path / "other", random_params(TINY, np.float32, seed=1))
+    path = tmp_path / "model.bin"
+    with monkeypatch.context() as patch:
+        replaced(path, tmp_path / "other", patch)
+        loaded = llmc.load_params(path)
+    assert not (tmp_path / "other").exists()
+    assert loaded.flat.tobytes() == first.flat.tobytes()
+
+
+@pytest.mark.parametrize("small", [0, llmc.SMALL])
+def test_tokens_that_are_replaced_while_they_are_loaded_are_the_first(tmp_path, monkeypatch, small):
+    llmc.save_tokens(tmp_path / "data.bin", [[1, 2]], 10)
+    llmc.save_tokens(tmp_path / "other", [[3, 4, 5]], 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(llmc, "SMALL", small)
+        replaced(tmp_path / "data.bin", tmp_path / "other", patch)
+        tokens, n_vocab = llmc.load_tokens(tmp_path / "data.bin")
+    assert (tokens.tolist(), n_vocab) == ([1, 2], 10)
+
+
+def test_tokenizer_that_is_replaced_while_it_is_loaded_is_the_first(tmp_path, monkeypatch):
+    table = [bytes([i]) for i in range(256)]
+    token_table.save_tokenizer(tmp_path / "tokenizer.bin", table, None)
+    token_table.save_tokenizer(tmp_path / "other", table[::-1], None)
+
+    def read_header(*args):
+        header = llmc.read_header(*args)
+        os.replace(tmp_path / "other", tmp_path / "tokenizer.bin")
+        return header
+
+    monkeypatch.setattr(token_table, "read_header", read_header)
+    assert token_table.load_tokenizer(tmp_path)[0] == table
+
+
+def test_small_files_shortened_after_they_were_loaded_do_no_harm(tmp_path):
+    """Where a mapped file is shortened in place, reading it ends the process."""
+    params = random_params(TINY, np.float32)
+    llmc.save_params(tmp_path / "model.bin", params)
+    llmc.save_tokens(tmp_path / "data.bin", [range(5000)], 5000)
+    loaded, (tokens, _) = llmc.load_params(tmp_path), llmc.load_tokens(tmp_path / "data.bin")
+    for name in ("model.bin", "data.bin"):
+        os.truncate(tmp_path / name, 1024)
+    assert loaded.flat.tobytes() == params.flat.tobytes()
+    assert tokens.tolist() == list(range(5000))
+    assert not loaded.flat.flags.writeable and not tokens.flags.writeable

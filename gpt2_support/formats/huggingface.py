@@ -7,16 +7,19 @@ index that says which file holds which tensor. A linear layer's weight is (in, o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from gpt2_support.files import DamagedFile, parse_json, read_json
+from gpt2_support.files import DamagedFile, open_file, parse_json, read_json
 from gpt2_support.formats.llmc import write_array
 from gpt2_support.formats.stored_tensor import (
     FLOATS,
@@ -24,6 +27,7 @@ from gpt2_support.formats.stored_tensor import (
     Shape,
     StoredTensor,
     check_tensors,
+    modified,
     read_tensor,
 )
 from gpt2_support.formats.token_table import bytes_to_unicode, recover_merges
@@ -55,28 +59,30 @@ MASK_NAME = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, whic
 # Reading a model
 
 
-def open_model(folder: Path) -> tuple[Config, GetTensor]:
-    """Return (config, get) of a GPT-2 in a folder; `get` reads F16 and BF16 as float32.
+@contextlib.contextmanager
+def open_model(path: Path) -> Iterator[tuple[Config, GetTensor]]:
+    """Give (config, get) of a GPT-2 in a folder, or of a safetensors file and the config beside it.
 
-    Raises FileNotFoundError, or ValueError if the config is not a GPT-2's or if the tensors are not
-    those of such a model.
+    `get` reads F16 and BF16 as float32. Raises FileNotFoundError, or ValueError if the config is
+    not a GPT-2's or if the tensors are not those of such a model.
     """
-    config = read_config(folder / "config.json")
-    stored = read_folder(folder)
-    lm_head = stored.pop("lm_head.weight", None)
+    is_file = path.is_file()
+    config = read_config((path.parent if is_file else path) / "config.json")
     expected = (
         (name_in_checkpoint(name), shape_in_checkpoint(name, shape))
         for name, shape in named_shapes(config)
     )
-    check_tensors(folder, expected, stored)
-    if lm_head is not None:
-        check_tied(folder, lm_head, stored["wte.weight"])
+    with open_tensors([path] if is_file else find_safetensors(path)) as stored:
+        lm_head = stored.pop("lm_head.weight", None)
+        check_tensors(path, expected, stored)
+        if lm_head is not None:
+            check_tied(path, lm_head, stored["wte.weight"])
 
-    def get(name: str) -> np.ndarray:
-        array = read_tensor(stored[name_in_checkpoint(name)])
-        return array.T if name.endswith("/w") else array
+        def get(name: str) -> np.ndarray:
+            array = read_tensor(stored[name_in_checkpoint(name)])
+            return array.T if name.endswith("/w") else array
 
-    return config, get
+        yield config, get
 
 
 def name_in_checkpoint(name: str) -> str:
@@ -124,17 +130,20 @@ def read_config(path: Path) -> Config:
     return config
 
 
-def read_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Return {name without `transformer.`: tensor} of all safetensors files of a model."""
+@contextlib.contextmanager
+def open_tensors(paths: Sequence[Path]) -> Iterator[dict[str, StoredTensor]]:
+    """Give {name without `transformer.`: tensor} of the safetensors files of a model."""
     stored: dict[str, StoredTensor] = {}
-    for path in find_safetensors(folder):
-        for name, tensor in read_safetensors(path).items():
-            short = name.removeprefix("transformer.")
-            if short in stored:
-                raise ValueError(f"{path}: tensor {preview(name)} is there twice")
-            if not MASK_NAME.fullmatch(short):
-                stored[short] = tensor
-    return stored
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            file = stack.enter_context(open_file(path))
+            for name, tensor in read_safetensors(file).items():
+                short = name.removeprefix("transformer.")
+                if short in stored:
+                    raise ValueError(f"{path}: tensor {preview(name)} is there twice")
+                if not MASK_NAME.fullmatch(short):
+                    stored[short] = tensor
+        yield stored
 
 
 def find_safetensors(folder: Path) -> list[Path]:
@@ -143,31 +152,35 @@ def find_safetensors(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if path.exists() or not index.exists():
         return [path]
-    shards = read_json(index).get("weight_map")
+    return [folder / name for name in read_index(index)]
+
+
+def read_index(path: Path) -> list[str]:
+    """Return the names of the files in an index; raise DamagedFile for what is no name of one."""
+    shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not all(
         isinstance(shard, str) and SHARD_NAME.fullmatch(shard) for shard in shards.values()
     ):
-        raise DamagedFile(index, "no weight_map that names safetensors files beside it")
-    return [folder / shard for shard in sorted(set(shards.values()))]
+        raise DamagedFile(path, "no weight_map that names safetensors files beside it")
+    return sorted(set(shards.values()))
 
 
 # Safetensors files
 
 
-def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+def read_safetensors(file: BinaryIO) -> dict[str, StoredTensor]:
     """Return {name: tensor} of a safetensors file.
 
-    Raises FileNotFoundError, or DamagedFile unless the tensors fill the file without overlaps.
+    Raises DamagedFile unless the tensors fill the file without overlaps.
     """
-    n_bytes = path.stat().st_size
-    with open(path, "rb") as file:
-        n_header = int.from_bytes(file.read(8), "little")
-        if n_header > n_bytes - 8:
-            raise DamagedFile(path, f"a header of {n_header} bytes in a file of {n_bytes}")
-        header = parse_json(path, file.read(n_header))
+    path, n_bytes = file.name, os.fstat(file.fileno()).st_size
+    n_header = int.from_bytes(file.read(8), "little")
+    if n_header > n_bytes - 8:
+        raise DamagedFile(path, f"a header of {n_header} bytes in a file of {n_bytes}")
+    header = parse_json(path, file.read(n_header))
     header.pop("__metadata__", None)
     end = 8 + n_header
-    stored = {name: parse_tensor(path, name, entry, end) for name, entry in header.items()}
+    stored = {name: parse_tensor(file, name, entry, end) for name, entry in header.items()}
     for name, tensor in sorted(stored.items(), key=lambda item: (item[1].offset, item[1].size)):
         if tensor.offset != end:
             actual = f"begins at byte {tensor.offset}, expected {end}"
@@ -178,8 +191,9 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def parse_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+def parse_tensor(file: BinaryIO, name: str, entry: Any, data_start: int) -> StoredTensor:
     """Return the tensor that an entry of a safetensors header describes."""
+    path = file.name
     tensor = f"tensor {preview(name)}"
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -193,7 +207,8 @@ def parse_tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTe
     size = end - start
     if dtype in FLOATS and size != math.prod(shape) * np.dtype(FLOATS[dtype]).itemsize:
         raise DamagedFile(path, f"{tensor}: {size} bytes for {shape} in {dtype}")
-    return StoredTensor(path, dtype, shape, data_start + start, size)
+    offset = data_start + start
+    return StoredTensor(file, dtype, shape, offset, size, mtime_ns=modified(file))
 
 
 def write_safetensors(file: BinaryIO, config: Config, get: GetTensor) -> None:

@@ -7,20 +7,22 @@ https://github.com/karpathy/llm.c
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from gpt2_support.files import atomic_write
+from gpt2_support.files import atomic_write, open_file
 from gpt2_support.formats.stored_tensor import (
     GetTensor,
     Shape,
     StoredTensor,
     bf16_to_float32,
+    modified,
     read_tensor,
 )
 from gpt2_support.params import Config, Params, n_params, named_shapes
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 HEADER_BYTES = 1024
+SMALL = 64 << 20  # bytes: a smaller file is read into memory, a larger one is mapped
 MODEL_MAGIC, STATE_MAGIC, TOKENIZER_MAGIC, TOKENS_MAGIC = 20240326, 20240327, 20240328, 20240520
 NAMES = {
     MODEL_MAGIC: "model",
@@ -42,11 +45,10 @@ NAMES = {
 # The header
 
 
-def read_header(path: str | Path, magic: int, versions: Sequence[int]) -> list[int]:
+def read_header(file: BinaryIO, magic: int, versions: Sequence[int]) -> list[int]:
     """Return the 256 numbers of a header; raise ValueError for another magic number or version."""
-    with open(path, "rb") as file:
-        data = file.read(HEADER_BYTES)
-    name = NAMES[magic]
+    path, name = file.name, NAMES[magic]
+    data = file.read(HEADER_BYTES)
     if len(data) < HEADER_BYTES:
         raise ValueError(f"{path}: {len(data)} bytes is too short for the header of a {name} file")
     header = np.frombuffer(data, "<i4").tolist()
@@ -66,14 +68,24 @@ def write_header(file: BinaryIO, *values: int) -> None:
     file.write(header.tobytes())
 
 
-def check_size(path: str | Path, expected: int, contents: str) -> None:
+def check_size(file: BinaryIO, expected: int, contents: str) -> None:
     """Raise ValueError unless the file has exactly `expected` bytes, which `contents` take."""
-    actual = os.path.getsize(path)
+    actual = os.fstat(file.fileno()).st_size
     if actual != expected:
         raise ValueError(
-            f"{path}: {actual} bytes, but {contents} takes {expected}: the file is incomplete, "
-            "damaged, or from a program that uses this version number for another layout"
+            f"{file.name}: {actual} bytes, but {contents} takes {expected}: the file is "
+            "incomplete, damaged, or from a program that uses this version for another layout"
         )
+
+
+def read_values(file: BinaryIO, dtype: str | np.dtype) -> ndarray:
+    """Return what follows a header, (N,), read-only: in memory, or mapped if the file is large."""
+    if os.fstat(file.fileno()).st_size > SMALL:
+        return np.memmap(file, dtype, "r", offset=HEADER_BYTES).view(np.ndarray)
+    file.seek(HEADER_BYTES)
+    values = np.fromfile(file, dtype)
+    values.flags.writeable = False
+    return values
 
 
 # Models
@@ -82,14 +94,16 @@ def check_size(path: str | Path, expected: int, contents: str) -> None:
 def load_params(path: str | Path) -> Params:
     """Return the Params of a model .bin file, or of the `model.bin` in a folder.
 
-    A file of version 3 (float32, padded vocabulary) is memory-mapped: read-only, and read from the
-    disk as it is used. Versions 1 (unpadded) and 5 (bf16) are copied to float32. Raises
-    FileNotFoundError, or ValueError if header or file size are not those of a GPT-2.
+    A file of version 3 (float32, padded vocabulary) gives read-only parameters. If it has more than
+    64 MB it is memory-mapped, that is, read from the disk as it is used: a program that shortens it
+    in place meanwhile ends this one (SIGBUS); one that replaces it does no harm. Versions 1
+    (unpadded) and 5 (bf16) are copied to float32. Raises FileNotFoundError, or ValueError if header
+    or file size are not those of a GPT-2.
     """
     path = Path(path)
-    path = path / "model.bin" if path.is_dir() else path
-    config, n_rows, dtype = read_model_header(path)
-    values = np.memmap(path, dtype, "r", offset=HEADER_BYTES).view(np.ndarray)
+    with open_file(path / "model.bin" if path.is_dir() else path) as file:
+        config, n_rows, dtype = read_model_header(file)
+        values = read_values(file, dtype)
     if dtype == np.uint16:
         values = bf16_to_float32(values)
     if n_rows == config.n_vocab_padded:
@@ -100,31 +114,35 @@ def load_params(path: str | Path) -> Params:
     return params
 
 
-def open_model(path: Path) -> tuple[Config, GetTensor]:
-    """Return (config, get) of a model .bin file; raises as `load_params` does.
+@contextlib.contextmanager
+def open_model(path: Path) -> Iterator[tuple[Config, GetTensor]]:
+    """Give (config, get) of a model .bin file; raises as `load_params` does.
 
     `get` reads from the file and maps nothing, because mapped pages count as memory in use once
     they have been read.
     """
-    config, n_rows, dtype = read_model_header(path)
-    dtype_name = "BF16" if dtype == np.uint16 else "F32"
-    stored, end = {}, HEADER_BYTES
-    for name, shape in named_shapes(config):
-        size = dtype.itemsize * math.prod(shape)
-        stored[name] = StoredTensor(path, dtype_name, shape, end, size)
-        end += size
-        if name == "model/wte":
-            end += dtype.itemsize * (n_rows - config.n_vocab) * config.n_embd
-    return config, lambda name: read_tensor(stored[name])
+    with open_file(path) as file:
+        mtime_ns = modified(file)
+        config, n_rows, dtype = read_model_header(file)
+        dtype_name = "BF16" if dtype == np.uint16 else "F32"
+        stored, end = {}, HEADER_BYTES
+        for name, shape in named_shapes(config):
+            size = dtype.itemsize * math.prod(shape)
+            stored[name] = StoredTensor(file, dtype_name, shape, end, size, mtime_ns=mtime_ns)
+            end += size
+            if name == "model/wte":
+                end += dtype.itemsize * (n_rows - config.n_vocab) * config.n_embd
+        yield config, lambda name: read_tensor(stored[name])
 
 
-def read_model_header(path: Path) -> tuple[Config, int, np.dtype]:
+def read_model_header(file: BinaryIO) -> tuple[Config, int, np.dtype]:
     """Return the Config of a model .bin file, the rows of its wte, and its dtype (uint16 for bf16).
 
     Raises as `load_params` does.
     """
+    path = file.name
     _, version, n_ctx, n_vocab, n_layer, n_head, n_embd, n_padded, *_ = read_header(
-        path, MODEL_MAGIC, (1, 3, 5)
+        file, MODEL_MAGIC, (1, 3, 5)
     )
     try:
         config = Config(n_vocab, n_ctx, n_embd, n_head, n_layer)
@@ -138,7 +156,7 @@ def read_model_header(path: Path) -> tuple[Config, int, np.dtype]:
     dtype = np.dtype("<u2" if version == 5 else "<f4")
     n_values = n_params(config) - (config.n_vocab_padded - n_rows) * n_embd
     size = HEADER_BYTES + dtype.itemsize * n_values
-    check_size(path, size, f"version {version} of {config}")
+    check_size(file, size, f"version {version} of {config}")
     return config, n_rows, dtype
 
 
@@ -173,17 +191,18 @@ def write_array(file: BinaryIO, array: Float[ndarray, "*shape"], shape: Shape) -
 
 
 def load_tokens(path: str | Path) -> tuple[UInt16[ndarray, " N"], int]:
-    """Memory-map a tokens .bin file; return its ids (N,) uint16, and n_vocab (0 if not recorded).
+    """Return the ids of a tokens .bin file, (N,) uint16, and n_vocab (0 if not recorded).
 
-    Raises FileNotFoundError, or ValueError if it is not a tokens file of the right length.
+    A file of more than 64 MB is memory-mapped; see `load_params`. Raises FileNotFoundError, or
+    ValueError if it is not a tokens file of the right length.
     """
-    _, _, n_tokens, n_vocab, *_ = read_header(path, TOKENS_MAGIC, (1,))
-    if n_tokens < 0 or not 0 <= n_vocab <= 65536:
-        raise ValueError(f"{path}: header claims {n_tokens} tokens of a vocabulary of {n_vocab}")
-    check_size(path, HEADER_BYTES + 2 * n_tokens, f"a tokens file of {n_tokens} tokens")
-    if n_tokens == 0:  # mmap refuses an empty range
-        return np.zeros(0, np.uint16), n_vocab
-    return np.memmap(path, "<u2", "r", offset=HEADER_BYTES).view(np.ndarray), n_vocab
+    with open_file(path) as file:
+        _, _, n_tokens, n_vocab, *_ = read_header(file, TOKENS_MAGIC, (1,))
+        if n_tokens < 0 or not 0 <= n_vocab <= 65536:
+            claim = f"{n_tokens} tokens of a vocabulary of {n_vocab}"
+            raise ValueError(f"{path}: header claims {claim}")
+        check_size(file, HEADER_BYTES + 2 * n_tokens, f"a tokens file of {n_tokens} tokens")
+        return read_values(file, "<u2"), n_vocab
 
 
 def save_tokens(path: str | Path, chunks: Iterable[Sequence[int] | ndarray], n_vocab: int) -> int:

@@ -1,16 +1,18 @@
 """A tensor as it is stored in a file: what the readers of all checkpoint formats share.
 
 The reader of a format checks the names, shapes and sizes of all tensors in a model first. Then it
-returns a Config and a function `get(name)`, which reads one tensor from the disk when it is called,
-a weight as (out, in). So a model of any size is converted in little memory.
+gives a Config and a function `get(name)`, which reads one tensor from the disk when it is called,
+a weight as (out, in). So a model of any size is converted in little memory. Each file stays open
+until the reader ends, so that tensors of a file that replaces it are not mixed in.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -29,12 +31,13 @@ FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # safetensors' names of dt
 class StoredTensor(NamedTuple):
     """Where a tensor is stored, and how."""
 
-    path: Path
+    file: BinaryIO
     dtype: str  # one of FLOATS, or a name that `check_tensors` refuses
     shape: Shape
     offset: int  # of its first byte in the file
     size: int  # in bytes
     crc: int | None = None  # masked CRC32C of its bytes, in a format that has one
+    mtime_ns: int | None = None  # when the file was written, in a format that has no CRC
 
 
 def check_tensors(
@@ -63,14 +66,24 @@ def check_tensors(
 
 
 def read_tensor(tensor: StoredTensor) -> Float32[ndarray, "*shape"]:
-    """Read a tensor into an array of float32; raise DamagedFile if the file ends too early."""
-    n_values = math.prod(tensor.shape)
-    with open(tensor.path, "rb") as file:
-        values = np.fromfile(file, FLOATS[tensor.dtype], n_values, offset=tensor.offset)
+    """Read a tensor into an array of float32.
+
+    Raises DamagedFile if the file ends too early, or if it has been written meanwhile.
+    """
+    file, n_values = tensor.file, math.prod(tensor.shape)
+    file.seek(tensor.offset)
+    values = np.fromfile(file, FLOATS[tensor.dtype], n_values)
     if values.size != n_values:
-        raise DamagedFile(tensor.path, f"ends within the {tensor.size} bytes at {tensor.offset}")
+        raise DamagedFile(file.name, f"ends within the {tensor.size} bytes at {tensor.offset}")
+    if tensor.mtime_ns not in (None, modified(file)):
+        raise DamagedFile(file.name, "another program has written to it meanwhile")
     values = bf16_to_float32(values) if tensor.dtype == "BF16" else values.astype("<f4", copy=False)
     return values.reshape(tensor.shape)
+
+
+def modified(file: BinaryIO) -> int:
+    """Return when an open file was last written, in nanoseconds."""
+    return os.fstat(file.fileno()).st_mtime_ns
 
 
 def bf16_to_float32(bits: UInt16[ndarray, " N"]) -> Float32[ndarray, " N"]:

@@ -10,16 +10,18 @@ https://github.com/google/leveldb/blob/main/doc/table_format.md
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from gpt2_support.files import DamagedFile, read_json
+from gpt2_support.files import DamagedFile, open_file, read_json
 from gpt2_support.formats.crc32c import masked_crc32c
 from gpt2_support.formats.stored_tensor import GetTensor, StoredTensor, check_tensors, read_tensor
 from gpt2_support.messages import preview
@@ -36,27 +38,28 @@ Value = TypeVar("Value", int, bytes)
 # The checkpoint
 
 
-def open_model(folder: Path) -> tuple[Config, GetTensor]:
-    """Return (config, get) of a folder in OpenAI's layout; `get` verifies the CRC of a tensor.
+@contextlib.contextmanager
+def open_model(folder: Path) -> Iterator[tuple[Config, GetTensor]]:
+    """Give (config, get) of a folder in OpenAI's layout; `get` verifies the CRC of a tensor.
 
     A weight is (1, in, out) there. Raises FileNotFoundError, or ValueError naming file and tensor.
     """
     config = read_hparams(folder / "hparams.json")
     index_path = find_index(folder)
-    stored = read_bundle(index_path)
     expected = (
         (name, (1, *shape[::-1]) if IS_LINEAR.fullmatch(name) else shape)
         for name, shape in named_shapes(config)
     )
-    check_tensors(index_path, expected, stored)
+    with open_bundle(index_path) as stored:
+        check_tensors(index_path, expected, stored)
 
-    def get(name: str) -> np.ndarray:
-        array = read_tensor(stored[name])
-        if masked_crc32c(array) != stored[name].crc:
-            raise DamagedFile(stored[name].path, f"wrong CRC of tensor {name}")
-        return array[0].T if IS_LINEAR.fullmatch(name) else array
+        def get(name: str) -> np.ndarray:
+            array = read_tensor(stored[name])
+            if masked_crc32c(array) != stored[name].crc:
+                raise DamagedFile(stored[name].file.name, f"wrong CRC of tensor {name}")
+            return array[0].T if IS_LINEAR.fullmatch(name) else array
 
-    return config, get
+        yield config, get
 
 
 def read_hparams(path: Path) -> Config:
@@ -82,30 +85,31 @@ def find_index(folder: Path) -> Path:
 # The bundle
 
 
-def read_bundle(index_path: Path) -> dict[str, StoredTensor]:
-    """Return {name: tensor} of a bundle, whose data file has the size that they need.
+@contextlib.contextmanager
+def open_bundle(index_path: Path) -> Iterator[dict[str, StoredTensor]]:
+    """Give {name: tensor} of a bundle, whose data file has the size that they need.
 
     Raises FileNotFoundError, or DamagedFile for the index or the data file.
     """
     data_path = index_path.with_name(f"{index_path.name[: -len('.index')]}.data-00000-of-00001")
-    try:
-        table = read_table(index_path.read_bytes())
-        header = protobuf_message(table.pop(b"", b""), {1: 0, 2: 0})
-        if header != {1: 1, 2: 0}:
-            raise ValueError(
-                f"a bundle of {header[1]} shards, endianness {header[2]}; can read only 1 and 0"
-            )
-        stored = {
-            name.decode("utf-8"): parse_tensor(data_path, message)
-            for name, message in table.items()
-        }
-    except ValueError as error:
-        raise DamagedFile(index_path, error) from None
-    check_data_file(index_path, data_path, stored)
-    return stored
+    with open_file(index_path) as index, open_file(data_path) as data:
+        try:
+            table = read_table(index.read())
+            header = protobuf_message(table.pop(b"", b""), {1: 0, 2: 0})
+            if header != {1: 1, 2: 0}:
+                raise ValueError(
+                    f"a bundle of {header[1]} shards, endianness {header[2]}; can read only 1 and 0"
+                )
+            stored = {
+                name.decode("utf-8"): parse_tensor(data, message) for name, message in table.items()
+            }
+        except ValueError as error:
+            raise DamagedFile(index_path, error) from None
+        check_data_file(index_path, data, stored)
+        yield stored
 
 
-def parse_tensor(data_path: Path, message: bytes) -> StoredTensor:
+def parse_tensor(data_file: BinaryIO, message: bytes) -> StoredTensor:
     """Return the tensor that a BundleEntryProto describes."""
     numbers = protobuf_message(message, dict.fromkeys((1, 3, 4, 5, 6), 0))
     dtype, shard, offset, size, crc = numbers.values()
@@ -114,7 +118,7 @@ def parse_tensor(data_path: Path, message: bytes) -> StoredTensor:
     if shard or len(dims) > 8 or not all(isinstance(dim, bytes) for dim in dims):
         raise ValueError(f"an entry of {len(dims)} dimensions in shard {shard}")
     return StoredTensor(
-        data_path,
+        data_file,
         "F32" if dtype == 1 else f"{dtype} (TensorFlow's numbering; F32 is 1)",
         tuple(protobuf_message(dim, {1: 0})[1] for dim in dims),
         offset,
@@ -123,7 +127,7 @@ def parse_tensor(data_path: Path, message: bytes) -> StoredTensor:
     )
 
 
-def check_data_file(index_path: Path, data_path: Path, stored: dict[str, StoredTensor]) -> None:
+def check_data_file(index_path: Path, data: BinaryIO, stored: dict[str, StoredTensor]) -> None:
     """Raise DamagedFile unless the tensors fill the data file without overlaps."""
     end = 0
     for name, tensor in sorted(stored.items(), key=lambda item: (item[1].offset, item[1].size)):
@@ -133,9 +137,9 @@ def check_data_file(index_path: Path, data_path: Path, stored: dict[str, StoredT
             actual = f"{tensor.size} bytes for {tensor.shape}"
             raise DamagedFile(index_path, f"tensor {preview(name)}: {actual}")
         end = tensor.offset + tensor.size
-    size = data_path.stat().st_size
+    size = os.fstat(data.fileno()).st_size
     if size != end:
-        raise DamagedFile(data_path, f"{size} bytes, but the index describes {end}")
+        raise DamagedFile(data.name, f"{size} bytes, but the index describes {end}")
 
 
 # The table

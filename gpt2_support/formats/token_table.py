@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2_support.files import atomic_write, read_json
-from gpt2_support.formats.llmc import HEADER_BYTES, TOKENIZER_MAGIC, read_header, write_header
+from gpt2_support.files import atomic_write, open_file, read_json
+from gpt2_support.formats.llmc import TOKENIZER_MAGIC, read_header, write_header
 from gpt2_support.messages import preview
 
 EOT_TEXT = "<|endoftext|>"
@@ -83,9 +83,10 @@ def find_eot(tokens: list[bytes]) -> int | None:
 
 def read_bin(path: Path) -> tuple[list[bytes], int | None]:
     """Return the tokens and the end-of-text id of a tokenizer .bin."""
-    _, version, n_tokens, eot, *_ = read_header(path, TOKENIZER_MAGIC, (1, 2))
-    data = path.read_bytes()
-    tokens, end = [], HEADER_BYTES
+    with open_file(path) as file:
+        _, version, n_tokens, eot, *_ = read_header(file, TOKENIZER_MAGIC, (1, 2))
+        data = file.read()
+    tokens, end = [], 0
     while end < len(data):
         start, end = end + 1, end + 1 + data[end]
         tokens.append(data[start:end])
@@ -157,7 +158,8 @@ def read_merges(vocab_path: Path) -> list[list[str]]:
     """Return the merges, pairs of str, in the text file that belongs beside a vocabulary."""
     path = vocab_path.with_name(dict(FILE_NAMES[1:3]).get(vocab_path.name, "merges.txt"))
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with open_file(path) as file:
+            lines = file.read().decode("utf-8").replace("\r\n", "\n").split("\n")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: not found, and {vocab_path.name} needs it") from None
     except ValueError as error:
