@@ -35,6 +35,7 @@ from gpt2_support.checks import (
     check_targets,
     check_tokenizer,
     check_tokens,
+    check_vocabulary,
 )
 from gpt2_support.messages import info
 from gpt2_support.weights import load_params
@@ -330,12 +331,12 @@ def forward(
     "logits". Their shapes begin with B only if that of `tokens` does.
     Raises ValueError for an id outside the vocabulary or a position beyond n_ctx.
     """
-    batch, is_single = check_tokens(params.config, tokens, kv), np.ndim(tokens) == 1
+    batch, is_single = check_tokens(params, tokens, kv), np.ndim(tokens) == 1
     activations: dict[str, ndarray] = {}
     x = transformer(params, batch, kv, ignore if record is None else recorder(params, activations))
     logits = x @ params.wte.T  # tied weights: Press and Wolf 2016, arXiv:1608.05859
     if record is not None:
-        activations["logits"] = logits
+        activations["logits"] = logits.copy()  # the caller may change those returned
         record |= {name: x[0] if is_single else x for name, x in activations.items()}
     return logits[0] if is_single else logits
 
@@ -472,7 +473,7 @@ def token_losses(params: Params, tokens: ArrayLike, targets: ArrayLike) -> Float
 
     It is 0 where the target is -1. Raises ValueError for ids that the model cannot take.
     """
-    tokens, flat_targets = check_targets(params.config, tokens, targets)
+    tokens, flat_targets = check_targets(params, tokens, targets)
     x = transformer(params, tokens)
     losses, _ = lm_head_loss(as_rows(x), params.wte, flat_targets)
     return losses.reshape(np.shape(targets))
@@ -487,7 +488,7 @@ def loss_and_grads(
     is added to it, so that several batches accumulate. Raises ValueError as `forward` does, or for
     targets of another shape, outside the vocabulary, or all -1.
     """
-    tokens, targets = check_targets(params.config, tokens, targets)
+    tokens, targets = check_targets(params, tokens, targets)
     grads = params.zeros_like() if grads is None else grads
     caches: Caches = {}
 
@@ -570,8 +571,12 @@ def next_token_probs(
     (Holtzman et al. 2019, arXiv:1904.09751); the most probable id is then the first. Of equal
     logits the lower id counts as the more probable, as in argmax. Temperature 0 leaves argmax only.
     """
+    temperature, top_k, top_p, *_ = check_sampling(temperature, top_k, top_p)
+    best = logits.argmax()  # NaN, if there is one
+    if not math.isfinite(logits[best]):
+        raise ValueError("the logits are not finite: the model is damaged or has diverged")
     if temperature == 0:
-        return np.array([logits.argmax()]), np.ones(1)
+        return np.array([best]), np.ones(1)
     logits = logits.astype(np.float64)  # so that small probabilities are not rounded away
     ids = np.arange(len(logits))
     if top_k is not None or top_p is not None:
@@ -610,6 +615,7 @@ def apply_repetition_penalty(logits: Logits, ids: Sequence[int], penalty: Suppor
     Divides positive logits by it and multiplies negative ones (Keskar et al. 2019,
     arXiv:1909.05858, as widely implemented).
     """
+    penalty = float(penalty)
     if penalty == 1:
         return logits
     logits, old = logits.copy(), logits[ids]
@@ -643,9 +649,10 @@ def generate(
     Raises ValueError for a prompt longer than n_ctx, ids outside the vocabulary, or a sampling
     parameter out of range.
     """
-    check_sampling(temperature, top_k, top_p, repetition_penalty)
-    eot = params.config.n_vocab - 1 if eot == "last" else eot
-    prompts, is_single = check_prompts(params.config, tokens, n_tokens, eot)
+    limits = temperature, top_k, top_p, repetition_penalty, seed
+    temperature, top_k, top_p, repetition_penalty, seed = check_sampling(*limits)
+    n_vocab, eot = check_vocabulary(params, n_vocab, eot)
+    prompts, is_single = check_prompts(params, tokens, n_tokens, eot)
     sampling = temperature, top_k, top_p, seed, repetition_penalty
     steps = (ids for ids, _ in decode(params, prompts, n_tokens, *sampling, eot, n_vocab))
     going = itertools.takewhile(lambda ids: any(id != eot for id in ids), steps)
@@ -675,8 +682,8 @@ def decode(
     for n in range(n_tokens):
         logits = decode_step(params, texts, kv) if n else prefill(params, texts, kv)  # (B, V)
         allowed, ids = [], []
-        for text, row, rng in zip(texts, logits[:, :n_vocab], rngs, strict=True):
-            row = apply_repetition_penalty(row, text, repetition_penalty)
+        for text, row, rng in zip(texts, logits, rngs, strict=True):
+            row = apply_repetition_penalty(row, text, repetition_penalty)[:n_vocab]
             ended = n > 0 and text[-1] == eot
             ids.append(text[-1] if ended else sample(row, rng, temperature, top_k, top_p))
             allowed.append(row)
@@ -736,7 +743,7 @@ def load(name: str | Path = "124M", models_dir: str | Path = hub.MODELS_DIR) -> 
 
 def write_samples(params: Params, enc: Encoder, ids: list[int], args: argparse.Namespace) -> None:
     """Continue a prompt, and write the text to standard output as `streaming` shows it."""
-    prompts, _ = check_prompts(params.config, [ids] * args.n_samples, args.n_tokens, enc.eot)
+    prompts, _ = check_prompts(params, [ids] * args.n_samples, args.n_tokens, enc.eot)
     limits = args.temperature, args.top_k, args.top_p
     sampling = *limits, args.seed, args.repetition_penalty, enc.eot, enc.n_vocab
 

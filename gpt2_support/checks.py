@@ -3,107 +3,198 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gpt2_support.messages import preview
+from gpt2_support.params import Config, whole_number
+
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
-    from collections.abc import Collection
-    from typing import Any, Protocol, SupportsFloat, runtime_checkable
+    from typing import Any, Protocol, SupportsFloat, SupportsIndex, runtime_checkable
 
     from jaxtyping import Integer
     from numpy import ndarray
     from numpy.typing import ArrayLike
 
-    from gpt2_support.params import Config
+    from gpt2_support.params import Params
 
     @runtime_checkable
     class Cache(Protocol):
-        """Of a KVCache, the numbers of tokens read so far, one for each row."""
+        """What is needed of a gpt2.KVCache."""
 
+        buffer: Any
         length: Any
 
 
 IGNORE_INDEX = -1  # a target that takes no part in the loss
+TEXT = (str, bytes, bytearray, memoryview)
+
+
+def check_params(params: object) -> None:
+    """Raise ValueError, saying what to do, for what is no model."""
+    if not isinstance(getattr(params, "config", None), Config):
+        actual = preview(params if isinstance(params, str) else type(params).__name__)
+        raise ValueError(f"params must be a model, as gpt2.load returns it, found {actual}")
+
+
+def refuse_text(tokens: object) -> None:
+    """Raise ValueError for a text or bytes in place of ids."""
+    if isinstance(tokens, TEXT):
+        raise ValueError(
+            f"tokens must be ids, found {preview(repr(tokens))}: encoder.load(name).encode(text) "
+            "makes ids of a text"
+        )
 
 
 def check_tokens(
-    config: Config, tokens: ArrayLike, kv: Cache | None = None
+    params: Params, tokens: ArrayLike, kv: Cache | None = None
 ) -> Integer[ndarray, "B T"]:
     """Return tokens (T,) or (B, T) as an array (B, T), or raise ValueError with value and limit."""
-    tokens = np.asarray(tokens)
+    check_params(params)
+    refuse_text(tokens)
+    config, shapes = params.config, "tokens must be whole numbers of shape (T,) or (B, T)"
+    try:
+        tokens = np.asarray(tokens)
+    except ValueError:
+        raise ValueError(f"{shapes}, found rows of different lengths") from None
     if tokens.ndim not in (1, 2) or tokens.size == 0 or tokens.dtype.kind not in "iu":
-        actual = f"shape {tokens.shape}, dtype {tokens.dtype}"
-        raise ValueError(f"tokens must be whole numbers of shape (T,) or (B, T), found {actual}")
+        raise ValueError(f"{shapes}, found shape {tokens.shape}, dtype {tokens.dtype}")
     low, high = tokens.min(), tokens.max()
     if low < 0 or high >= config.n_vocab:
         bad = low if low < 0 else high
         raise ValueError(f"token id {bad} is outside the vocabulary of {config.n_vocab}")
     tokens = np.atleast_2d(tokens)
     B, T = tokens.shape
-    if kv is not None and len(kv.length) != B:
-        raise ValueError(f"{B} rows of tokens, but the KV cache has {len(kv.length)}")
+    if kv is not None:
+        check_cache(config, kv, B)
     end = T if kv is None else T + kv.length.max()
     if end > config.n_ctx:
         raise ValueError(f"position {end} exceeds n_ctx = {config.n_ctx}")
     return tokens
 
 
+def check_cache(config: Config, kv: Cache, n_rows: int) -> None:
+    """Raise ValueError unless a KVCache is of this model, and of so many rows."""
+    if len(kv.length) != n_rows:
+        raise ValueError(f"{n_rows} rows of tokens, but the KV cache has {len(kv.length)}")
+    head = config.n_head, config.n_ctx, config.n_embd // config.n_head
+    expected = config.n_layer, 2, n_rows, *head
+    if kv.buffer.shape != expected:
+        actual = f"{kv.buffer.shape}, expected {expected}"
+        raise ValueError(f"the KV cache is that of another model: its shape is {actual}")
+
+
 def check_targets(
-    config: Config, tokens: ArrayLike, targets: ArrayLike
+    params: Params, tokens: ArrayLike, targets: ArrayLike
 ) -> tuple[Integer[ndarray, "B T"], Integer[ndarray, " B*T"]]:
     """Return tokens (B, T) and targets (B * T,), or raise ValueError with value and limit."""
-    tokens, shape = check_tokens(config, tokens), np.shape(tokens)
+    tokens, shape = check_tokens(params, tokens), np.shape(tokens)
+    n_vocab = params.config.n_vocab
     targets = np.asarray(targets)
     if targets.shape != shape or targets.dtype.kind not in "iu":
         raise ValueError(f"targets of shape {targets.shape} for tokens of shape {shape}")
-    if targets.min() < IGNORE_INDEX or targets.max() >= config.n_vocab:
-        bad = targets.min() if targets.min() < IGNORE_INDEX else targets.max()
-        raise ValueError(f"target {bad} is outside the vocabulary of {config.n_vocab}")
+    low, high = targets.min(), targets.max()
+    if low < IGNORE_INDEX or high >= n_vocab:
+        bad = low if low < IGNORE_INDEX else high
+        raise ValueError(f"target {bad} is outside the vocabulary of {n_vocab}")
     if (targets == IGNORE_INDEX).all():
         raise ValueError("every target is -1: there is no loss to take the mean of")
     return tokens, targets.ravel()
 
 
 def check_prompts(
-    config: Config, tokens: Collection[Any], n_tokens: int, eot: int | None
+    params: Params, tokens: object, n_tokens: int, eot: int | None
 ) -> tuple[list[list[int]], bool]:
     """Return the prompts as lists of ids, and whether `tokens` is a single prompt.
 
     An empty prompt becomes that of end-of-text alone. Raises ValueError with value and limit.
     """
-    if n_tokens < 0:
-        raise ValueError(f"n_tokens = {n_tokens} is negative")
-    is_single = all(np.ndim(token) == 0 for token in tokens)
-    if not is_single and any(np.ndim(prompt) != 1 for prompt in tokens):
+    check_whole("n_tokens", n_tokens)
+    given = to_lists(tokens)
+    are_prompts = [isinstance(x, list) for x in given] if isinstance(given, list) else [False]
+    if any(are_prompts) and not all(are_prompts):
         raise ValueError("tokens are neither one list of ids nor a list of such lists")
-    start = [] if eot is None else [eot]
+    is_single, n_ctx = not any(are_prompts), params.config.n_ctx
     prompts = []
-    for given in [tokens] if is_single else tokens:
-        prompt: Any = given if len(given) else start
-        if not len(prompt):
+    for ids in [given] if is_single else given:
+        if ids == [] and eot is None:
             raise ValueError("the prompt is empty, and there is no end-of-text token to start from")
-        if len(prompt) > config.n_ctx:
-            raise ValueError(f"prompt of {len(prompt)} tokens exceeds n_ctx = {config.n_ctx}")
-        prompts.append(check_tokens(config, prompt)[0].tolist())
+        ids = [eot] if ids == [] else ids
+        if isinstance(ids, list) and len(ids) > n_ctx:
+            raise ValueError(f"prompt of {len(ids)} tokens exceeds n_ctx = {n_ctx}")
+        batch = check_tokens(params, ids)
+        if len(batch) > 1 or any(isinstance(id, list) for id in ids):
+            raise ValueError("tokens are neither one list of ids nor a list of such lists")
+        prompts.append(batch[0].tolist())
     return prompts, is_single
 
 
+def to_lists(tokens: Any) -> Any:
+    """Return ids, or prompts of ids, as lists of plain numbers: any array, iterable or iterator."""
+    refuse_text(tokens)
+    if hasattr(tokens, "__array__"):
+        return np.asarray(tokens).tolist()
+    return [to_lists(item) for item in tokens] if isinstance(tokens, Iterable) else tokens
+
+
+def check_whole(name: str, value: object, low: int = 0) -> int:
+    """Return a whole number of `low` or more as an int, or raise ValueError."""
+    n = whole_number(value)
+    if n is None:
+        raise ValueError(f"{name} = {preview(repr(value))} is not a whole number")
+    if n < low:
+        raise ValueError(f"{name} = {n} is {f'not {low} or more' if low else 'negative'}")
+    return n
+
+
+def to_float(value: Any) -> float:
+    """Return a number of any type as a float; NaN for what is none or too large."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def check_sampling(
-    temperature: SupportsFloat,
-    top_k: int | None,
-    top_p: SupportsFloat | None,
-    repetition_penalty: SupportsFloat,
-) -> None:
-    """Raise ValueError, with value and limit, for a sampling parameter out of its range."""
-    if not 0 <= float(temperature) < math.inf:
+    temperature: SupportsFloat = 0.0,
+    top_k: SupportsIndex | None = None,
+    top_p: SupportsFloat | None = None,
+    repetition_penalty: SupportsFloat = 1.0,
+    seed: int | None = None,
+) -> tuple[float, int | None, float | None, float, int | None]:
+    """Return the sampling parameters as floats and ints; raise ValueError with value and limit."""
+    t, p, penalty = to_float(temperature), to_float(top_p), to_float(repetition_penalty)
+    if not 0 <= t < math.inf:
         raise ValueError(f"temperature = {temperature} is not a finite number of 0 or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k = {top_k} is not 1 or more")
-    if top_p is not None and not 0 < float(top_p) <= 1:
+    if top_p is not None and not 0 < p <= 1:
         raise ValueError(f"top_p = {top_p} is not over 0 and at most 1")
-    if not 0 < float(repetition_penalty) < math.inf:
+    if not 0 < penalty < math.inf:
         raise ValueError(f"repetition_penalty = {repetition_penalty} is not a finite number over 0")
+    k = None if top_k is None else check_whole("top_k", top_k, 1)
+    seed = None if seed is None else check_whole("seed", seed)
+    return t, k, None if top_p is None else p, penalty, seed
+
+
+def check_vocabulary(
+    params: Params, n_vocab: int | None, eot: int | str | None
+) -> tuple[int, int | None]:
+    """Return how many ids may be drawn, and which ends a text, by default the last of those.
+
+    Raises ValueError with value and limit.
+    """
+    check_params(params)
+    config = params.config
+    n = config.n_vocab if n_vocab is None else check_whole("n_vocab", n_vocab, 1)
+    if n > config.n_vocab:
+        raise ValueError(f"n_vocab = {n} exceeds the model's, {config.n_vocab}")
+    if isinstance(eot, str) and eot == "last":
+        return n, n - 1
+    end = whole_number(eot)
+    if eot is not None and (end is None or end >= n):
+        raise ValueError(f"eot = {eot!r} is not an id of the vocabulary of {n}, 'last' or None")
+    return n, end
 
 
 def check_tokenizer(path: object, config: Config, n_vocab: int) -> None:

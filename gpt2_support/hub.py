@@ -68,6 +68,9 @@ def find_model(name: str | Path, models_dir: str | Path = MODELS_DIR) -> Path:
     models. One of OpenAI's models that is not there is downloaded. Raises FileNotFoundError for
     any other name.
     """
+    if not isinstance(name, str | os.PathLike):
+        actual = f"a {type(name).__name__}"
+        raise ValueError(f'a model is given by its name, "124M" say, or its path, not by {actual}')
     paths = [Path(name), *candidates(MODEL_ALIASES.get(str(name), name), models_dir)]
     for path in paths:
         if path.is_file() or (path / "model.bin").is_file():

@@ -4,8 +4,10 @@ Gradients are compared with central finite differences in float64, the model wit
 written from the paper, and both with PyTorch's and OpenAI's numbers where those are at hand.
 """
 
+import collections
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import os
@@ -13,6 +15,8 @@ import re
 import subprocess
 import sys
 import threading
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -517,7 +521,7 @@ def test_record_names_what_forward_computes(monkeypatch):
     params, tokens, record = random_params(), random_tokens(2, 11), {}
     logits = gpt2.forward(params, tokens, record=record)
     np.testing.assert_array_equal(logits, gpt2.forward(params, tokens))
-    assert record["logits"] is logits
+    np.testing.assert_array_equal(record["logits"], logits)
     sizes = {"B": 2, "T": 11, "S": 11, "C": 12, "H": 3, "D": 4, "F": 48}
     for i in range(2):
         for name, shape in RECORDED.items():
@@ -539,6 +543,13 @@ def test_record_names_what_forward_computes(monkeypatch):
         x = x + one["mlp.out"]
         assert_same(record[f"h{i}"], x)
     np.testing.assert_allclose(record["ln_f"], gpt2.layer_norm(x, params.ln_f)[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5)])
+def test_record_shares_no_memory_with_the_logits_returned(shape):
+    params, record = random_params(), {}
+    logits = gpt2.forward(params, random_tokens(*shape), record=record)
+    assert not any(np.shares_memory(logits, array) for array in record.values())
 
 
 def test_record_through_a_cache_stays_as_it_was():
@@ -822,17 +833,48 @@ def test_cache_takes_the_bytes_it_says():
         ([True, False], "whole numbers.*dtype bool"),
         (np.array(3), "shape (T,) or (B, T), found shape ()"),
         (np.zeros((1, 1, 1), int), "found shape (1, 1, 1)"),
+        ([[1, 2], [3]], "found rows of different lengths"),
+        ("Once", "must be ids, found 'Once': encoder.load(name).encode(text) makes ids"),
+        (b"Once", "must be ids, found b'Once'"),
+        (bytearray(b"Once"), "must be ids, found bytearray(b'Once')"),
         ([0] * 17, "position 17 exceeds n_ctx = 16"),
     ],
 )
 def test_forward_refuses_tokens(tokens, message):
     message = re.escape(message).replace(r"\.\*", ".*")
-    with pytest.raises(ValueError, match=message):
-        gpt2.forward(random_params(), tokens)
-    with pytest.raises(ValueError, match=message):
-        gpt2.loss_and_grads(random_params(), tokens, tokens)
-    with pytest.raises(ValueError, match=message):
-        gpt2.token_losses(random_params(), tokens, tokens)
+    calls = [(gpt2.forward,), (gpt2.loss_and_grads, tokens), (gpt2.token_losses, tokens)]
+    for function, *targets in calls:
+        with pytest.raises(ValueError, match=message):
+            inspect.unwrap(function)(random_params(), tokens, *targets)
+
+
+@pytest.mark.parametrize("params", ["stories", None, CONFIG, [1, 2]])
+def test_functions_of_a_model_say_how_to_get_one(params):
+    message = "params must be a model, as gpt2.load returns it, found"
+    calls = [(gpt2.forward, [1]), (gpt2.loss_and_grads, [1], [2]), (gpt2.token_losses, [1], [2])]
+    for function, *args in [*calls, (gpt2.generate, [1], 3)]:
+        with pytest.raises(ValueError, match=message):
+            inspect.unwrap(function)(params, *args)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint16, np.int32, np.uint64])
+def test_ids_may_be_of_any_whole_dtype(dtype):
+    params, tokens = random_params(), random_tokens(2, 9)
+    typed = tokens.astype(dtype)
+    np.testing.assert_array_equal(gpt2.forward(params, typed), gpt2.forward(params, tokens))
+    actual, expected = (gpt2.loss_and_grads(params, x, x) for x in (typed, tokens))
+    assert actual[0] == expected[0]
+    np.testing.assert_array_equal(actual[1].flat, expected[1].flat)
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_ctx": 17}, {"n_layer": 3}, {"n_layer": 1}, {"n_head": 2}, {"n_embd": 24}]
+)
+def test_forward_refuses_the_cache_of_another_model(change):
+    kv = gpt2.KVCache(dataclasses.replace(CONFIG, **change))
+    with pytest.raises(ValueError, match=r"that of another model.*\(2, 2, 1, 3, 16, 4\)"):
+        gpt2.forward(random_params(), [1, 2], kv)
+    assert not kv.length.any() and not kv.buffer.any()
 
 
 def test_forward_refuses_a_position_beyond_the_cache_and_leaves_it_unchanged():
@@ -882,6 +924,16 @@ BAD_SAMPLING = [
     ({"repetition_penalty": -1.0}, r"repetition_penalty = -1.0"),
     ({"repetition_penalty": math.inf}, r"repetition_penalty = inf"),
     ({"repetition_penalty": math.nan}, r"repetition_penalty = nan"),
+    ({"temperature": None}, r"temperature = None is not a finite number"),
+    ({"temperature": "hot"}, r"temperature = hot is not a finite number"),
+    ({"temperature": Decimal("sNaN")}, r"temperature = sNaN is not a finite number"),
+    ({"temperature": Fraction(10**400)}, r"temperature = 1000\d* is not a finite number"),
+    ({"temperature": Fraction(-1, 2)}, r"temperature = -1/2"),
+    ({"top_k": 5.0}, r"top_k = 5.0 is not a whole number"),
+    ({"top_k": True}, r"top_k = True is not a whole number"),
+    ({"top_p": "most"}, r"top_p = most is not over 0"),
+    ({"top_p": Decimal("1.5")}, r"top_p = 1.5 is not over 0"),
+    ({"repetition_penalty": 1j}, r"repetition_penalty = 1j is not a finite number"),
 ]
 
 
@@ -889,6 +941,67 @@ BAD_SAMPLING = [
 def test_generate_refuses_sampling_parameters_when_called(sampling, message):
     with pytest.raises(ValueError, match=message):
         gpt2.generate(random_params(), [1], 1, **sampling)
+    if "repetition_penalty" not in sampling:
+        with pytest.raises(ValueError, match=message):
+            inspect.unwrap(gpt2.next_token_probs)(normal(5), **{"temperature": 1.0} | sampling)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"n_tokens": 3.0}, "n_tokens = 3.0 is not a whole number"),
+        ({"n_tokens": None}, "n_tokens = None is not a whole number"),
+        ({"seed": -1}, "seed = -1 is negative"),
+        ({"seed": 1.5}, "seed = 1.5 is not a whole number"),
+        ({"n_vocab": 0}, "n_vocab = 0 is not 1 or more"),
+        ({"n_vocab": -5}, "n_vocab = -5 is not 1 or more"),
+        ({"n_vocab": 30.0}, "n_vocab = 30.0 is not a whole number"),
+        ({"n_vocab": 62}, "n_vocab = 62 exceeds the model's, 61"),
+        ({"eot": 61}, "eot = 61 is not an id of the vocabulary of 61"),
+        ({"eot": 40, "n_vocab": 40}, "eot = 40 is not an id of the vocabulary of 40"),
+        ({"eot": "first"}, "eot = 'first' is not an id"),
+        ({"eot": 1.0}, "eot = 1.0 is not an id"),
+    ],
+)
+def test_generate_refuses_other_numbers_when_called(options, message):
+    with pytest.raises(ValueError, match=message):
+        gpt2.generate(random_params(), [1], **{"n_tokens": 1} | options)
+
+
+@pytest.mark.parametrize("number", [Fraction, Decimal, np.float32, np.array])
+def test_sampling_parameters_may_be_any_numbers(number):
+    params, half, penalty = random_params(), number(0.5), number(1.25)
+    limits = {"temperature": half, "top_p": half, "repetition_penalty": penalty}
+    plain = {"temperature": 0.5, "top_p": 0.5, "repetition_penalty": 1.25}
+    actual, expected = (
+        list(gpt2.generate(params, [5, 9], 12, seed=0, eot=None, **options))
+        for options in (limits, plain)
+    )
+    assert actual == expected
+    for got, same in zip(
+        gpt2.next_token_probs(normal(9), half, top_p=half),
+        gpt2.next_token_probs(normal(9), 0.5, top_p=0.5),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, same)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
+def test_generate_tells_that_the_logits_are_not_finite(sampling, bad):
+    params = random_params()
+    params.wte[7] = bad
+    ids = gpt2.generate(params, [1, 2], 3, **sampling)
+    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match="logits are not finite"):
+        next(ids)
+
+
+def test_next_token_probs_takes_logits_of_which_some_are_minus_infinity():
+    logits = np.array([-math.inf, 1.0, 1.0, -math.inf])
+    assert gpt2.next_token_probs(logits, 0.0)[0].tolist() == [1]
+    assert gpt2.next_token_probs(logits, 1.0)[1].tolist() == [0, 0.5, 0.5, 0]
+    with pytest.raises(ValueError, match="not finite"):
+        gpt2.next_token_probs(np.full(3, -math.inf), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -899,6 +1012,18 @@ def test_generate_refuses_sampling_parameters_when_called(sampling, message):
         ([1, 61], r"token id 61 is outside the vocabulary of 61"),
         ([[1, 2], [-1]], r"token id -1 is outside the vocabulary of 61"),
         ([1.5], r"whole numbers"),
+        (5, r"whole numbers.*found shape \(\)"),
+        (None, r"whole numbers"),
+        (b"Once", r"tokens must be ids, found b'Once'"),
+        (bytearray(b"Once"), r"tokens must be ids"),
+        ("Once", r"tokens must be ids, found 'Once'.*encode"),
+        (["Once", "Twice"], r"tokens must be ids, found 'Once'"),
+        (iter([b"Once"]), r"tokens must be ids"),
+        ([[1], [[2]]], r"neither one list of ids nor a list of such lists"),
+        ([[[1], [2]]], r"neither one list of ids nor a list of such lists"),
+        (np.zeros((2, 1, 3), int), r"neither one list of ids nor a list of such lists"),
+        (map(float, [1, 2]), r"whole numbers"),
+        ([2**70], r"whole numbers"),
     ],
 )
 def test_generate_refuses_prompts_when_called(tokens, message):
@@ -1354,6 +1479,48 @@ def test_generate_takes_arrays_and_numpy_scalars():
     assert [ids[0] for ids in actual] == expected
 
 
+class JaxLike:
+    """An array of another library: it can be made one of NumPy's, and its items have no hash."""
+
+    __hash__ = None
+
+    def __init__(self, values):
+        self.values = np.array(values)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values.astype(dtype or self.values.dtype)
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, i):
+        return JaxLike(self.values[i])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        iter,
+        lambda ids: map(int, ids),
+        lambda ids: (id for id in ids),
+        collections.deque,
+        JaxLike,
+        lambda ids: [JaxLike(id) for id in ids],
+        lambda ids: np.array(ids, np.uint64),
+        lambda ids: [np.uint64(id) for id in ids],
+        lambda ids: [np.uint64(ids[0]), *ids[1:]],
+    ],
+)
+def test_generate_takes_ids_of_any_kind(kind):
+    """Past n_ctx, and with a penalty, which both look at what was written before."""
+    params, prompts = random_params(), [[5, 9, 2], [5, 9, 2], [7]]
+    options = {"n_tokens": 30, "repetition_penalty": 1.3, "eot": None}
+    alone = list(gpt2.generate(params, prompts[0], **options))
+    assert list(gpt2.generate(params, kind(prompts[0]), **options)) == alone
+    expected = list(gpt2.generate(params, prompts, **options))
+    assert list(gpt2.generate(params, map(kind, prompts), **options)) == expected
+
+
 def test_generate_computes_in_the_dtype_of_the_parameters(monkeypatch):
     dtypes = set()
     sample = gpt2.sample
@@ -1391,6 +1558,12 @@ def test_import_brings_in_nothing_slow():
 def test_load_refuses_an_unknown_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model nonesuch"):
         gpt2.load("nonesuch", tmp_path)
+
+
+@pytest.mark.parametrize("name", [None, 124, b"stories", ["124M"], CONFIG])
+def test_load_says_what_names_a_model(name):
+    with pytest.raises(ValueError, match=r"a model is given by its name.*or its path, not by a "):
+        inspect.unwrap(gpt2.load)(name)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1504,3 +1677,14 @@ def test_generate_leaves_out_the_ids_that_the_tokenizer_has_not():
     options = {"temperature": 5.0, "seed": 0, "eot": None, "repetition_penalty": 1.5}
     assert max(gpt2.generate(params, [5], 200, **options)) > 30
     assert max(gpt2.generate(params, [5], 200, n_vocab=30, **options)) == 29
+    assert max(gpt2.generate(params, [5, 60], 200, n_vocab=30, **options)) == 29
+
+
+def test_generate_takes_the_last_id_that_n_vocab_leaves_for_end_of_text():
+    params = random_params()
+    greedy = reference_generate(params, [5, 9, 2], 12, lambda logits: logits[:50].argmax())
+    n_vocab = max(greedy) + 1
+    expected = greedy[: greedy.index(n_vocab - 1)]
+    assert list(gpt2.generate(params, [5, 9, 2], 12, n_vocab=n_vocab)) == expected
+    started = gpt2.generate(params, [], 5, n_vocab=n_vocab)
+    assert list(started) == list(gpt2.generate(params, [n_vocab - 1], 5, n_vocab=n_vocab))
