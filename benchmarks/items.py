@@ -75,6 +75,10 @@ class Sizes:
     stories: Shape = Shape(4096, 256, 216, 6, 5)  # the bundled model
     stories_batch: tuple = (8, 256)
     stories_tokens: int = 200
+    recipe: Shape = Shape(257, 64, 128, 4, 4)  # nanoGPT's for a laptop, on bytes
+    recipe_batch: tuple = (12, 64)
+    recipe_steps: int = 2000
+    evaluated: int = 50_000  # tokens of the bundled model's validation
 
 
 FULL = Sizes()
@@ -95,6 +99,10 @@ TINY = Sizes(
     names_steps=3,
     stories_batch=(2, 8),
     stories_tokens=5,
+    recipe=Shape(257, 16, 8, 2, 1),
+    recipe_batch=(2, 8),
+    recipe_steps=3,
+    evaluated=600,
 )
 
 # ----------------------------------------------------------------------------------------------
@@ -115,6 +123,17 @@ class Item:
     phases: list = field(default_factory=list)  # dicts of flops, bytes, stream and disk
     command: list | None = None  # of ours, where whole processes are timed
     memory: bool = False  # whether the peak of memory is reported, too
+
+    @property
+    def is_quick(self):
+        """Whether --quick measures it."""
+        return self.name in QUICK
+
+
+QUICK = {
+    "sgemm", "matvec", "scale", "decode_40", "samples_8", "prefill_64", "step_4x64", "adamw",
+    "encode_cold", "startup", "names", "recipe_step", "stories_step", "stories_decode",
+}  # fmt: skip
 
 
 def make_items(sizes):
@@ -166,7 +185,7 @@ def decoding(s):
     """(a) to (c): new tokens."""
     items, job = [], {"work": "decode", "model": "gpt2", "n_prompt": s.n_prompt, "n_samples": 1}
     for n in s.decode:
-        peers = ("huggingface", "naive") if n == s.decode[0] else ("huggingface",)
+        peers = ("huggingface", "ctranslate2", *(["naive"] if n == s.decode[0] else []))
         title = f"decode, {n} tokens after {s.n_prompt}"
         phases = decoding_phases(s.gpt2, s.n_prompt, n)
         items.append(Item("a", f"decode_{n}", title, job | {"n_tokens": n}, peers, "tokens/s", n,
@@ -181,7 +200,8 @@ def decoding(s):
     phases = decoding_phases(s.gpt2, s.n_prompt, n, B)
     title = f"decode, {B} samples at once, {n} tokens each"
     job = job | {"n_tokens": n, "n_samples": B}
-    items.append(Item("c", f"samples_{B}", title, job, ("huggingface",), "tokens/s", n * B, phases))
+    items.append(Item("c", f"samples_{B}", title, job, ("huggingface", "ctranslate2"),
+                      "tokens/s", n * B, phases))  # fmt: skip
     return items
 
 
@@ -190,11 +210,17 @@ def prefilling(s):
     items = []
     for T in s.prefill:
         job = {"work": "decode", "model": "gpt2", "n_prompt": T, "n_tokens": 1, "n_samples": 1}
-        peers = ("huggingface", "naive") if s.prefill[0] == T else ("huggingface",)
+        peers = ("huggingface", "ctranslate2", *(["naive"] if s.prefill[0] == T else []))
         phases = [{"flops": s.gpt2.flops(T, n_logits=1), "bytes": s.gpt2.weight_bytes()}]
         title = f"prefill of {T:,} in `generate`"
         items.append(Item("d", f"prefill_{T}", title, job, peers, phases=phases,
                           memory=s.prefill[-1] == T))  # fmt: skip
+    T = s.prefill[1]
+    job = {"work": "decode", "model": "gpt2", "n_prompt": T, "n_tokens": 1, "n_samples": 1}
+    phases = [{"flops": s.gpt2.flops(T, n_logits=1), "bytes": s.gpt2.weight_bytes()}]
+    items.append(Item("d", f"first_{T}", f"the first prefill of {T:,} in a process",
+                      job | {"is_cold": True}, ("huggingface", "ctranslate2"),
+                      phases=phases))  # fmt: skip
     T = s.prefill[-1]
     job = {"work": "forward", "model": "gpt2", "n_prompt": T}
     phases = [{"flops": s.gpt2.flops(T), "bytes": s.gpt2.weight_bytes()}]
@@ -270,14 +296,33 @@ def small_models(s):
     config = [shape.n_ctx, shape.n_embd, shape.n_head, shape.n_layer]
     names = {"work": "names", "shape": config, "B": B, "T": T, "n_steps": s.names_steps, "lr": 3e-3}
     names["tolerance"] = 0.1  # of the loss: everyone draws batches of their own
+    B, T = s.recipe_batch
+    recipe = {"work": "step", "model": "recipe", "B": B, "T": T}
+    learn = {"work": "recipe", "model": "recipe", "B": B, "T": T, "n_steps": s.recipe_steps}
+    learn |= {"tolerance": 0.1}
+    steps = f"{s.recipe_steps:,}"
+    return [
+        Item("k", "names", f"names, {s.names_steps:,} training steps", names, ("pytorch",)),
+        Item("k", "recipe_step", f"nanoGPT's laptop recipe, training step, B={B} T={T}", recipe,
+             ("pytorch", "compiled"), "ms", phases=step_phases(s.recipe, B, T)),
+        Item("k", "recipe", f"nanoGPT's laptop recipe, {steps} steps, Tiny Shakespeare", learn,
+             ("pytorch", "compiled")),
+        *stories(s),
+    ]  # fmt: skip
+
+
+def stories(s):
+    """The bundled model: a training step, decoding, validation."""
     B, T = s.stories_batch
     step = {"work": "step", "model": "stories", "B": B, "T": T}
     decode = {"work": "decode", "model": "stories", "n_prompt": s.n_prompt, "n_samples": 1}
-    n = s.stories_tokens
+    n, n_evaluated = s.stories_tokens, s.evaluated
+    validate = {"work": "validate", "model": "stories", "n_tokens": n_evaluated, "T": T}
     return [
-        Item("k", "names", f"names, {s.names_steps:,} training steps", names, ("pytorch",)),
         Item("k", "stories_step", f"stories, training step, B={B} T={T}", step,
              ("pytorch", "compiled"), "ms", phases=step_phases(s.stories, B, T)),
         Item("k", "stories_decode", f"stories, decode, {n} tokens", decode | {"n_tokens": n},
              ("huggingface",), "tokens/s", n),
+        Item("k", "stories_validate", f"stories, validation on {n_evaluated:,} tokens", validate,
+             ("pytorch",), phases=[{"flops": s.stories.flops(T, B=n_evaluated // T)}]),
     ]  # fmt: skip

@@ -74,10 +74,10 @@ def step(job):
     )
 
 
-def settings(job, model, steps=1, lr=worker.LR):
+def settings(job, model, steps=1, lr=worker.LR, **more):
     """Return the TrainConfig that train.py chooses for a batch B x T, on job.threads threads."""
     flags = {"batch_size": job.B, "seq_len": job.T, "steps": steps, "lr": lr, "min_lr": lr}
-    flags |= {"data": "none", "warmup": 0}
+    flags |= {"data": "none", "warmup": 0, **more}
     argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     config = train.make_config(train.parse_args(argv), model)
     allowed = min(config.threads, job.threads)
@@ -116,6 +116,41 @@ def names(job):
         return time.perf_counter() - start
 
     return Task(work, lambda: work(20), lambda: [float(np.mean(losses[-100:]))])
+
+
+def recipe(job):
+    """Train the recipe's model from scratch for n_steps; check its validation loss."""
+    tokens, n_vocab = llmc.load_tokens(job.folder / "recipe.bin")
+    start, state = gpt2.load(job.folder / job.model), {}
+    n = len(tokens) * 9 // 10
+
+    def work(n_steps=job.n_steps):
+        params = start.copy()
+        run = train.TrainState(params, settings(job, params.config, n_steps, **worker.RECIPE))
+        loader = train.DataLoader(tokens[:n], run.config)
+        workers = DataParallel(gpt2.loss_and_grads, params, run.config.threads)
+        begin = time.perf_counter()
+        while run.step < n_steps:
+            train.train_step(run, loader.batches(run.step), workers)
+        state["params"] = params
+        return time.perf_counter() - begin
+
+    def check():
+        lengths = np.ones(n_vocab, int)
+        return [train.evaluate(state["params"], tokens[n:], lengths, job.T).loss]
+
+    return Task(work, lambda: work(min(20, job.n_steps)), check)
+
+
+def validate(job):
+    """Compute the loss of the bundled model on n_tokens ids, in windows of T."""
+    params, losses = gpt2.load(job.folder / job.model), []
+    ids = worker.random_text_ids(job, params.config.n_vocab)
+    lengths = np.ones(params.config.n_vocab, int)
+    return Task(
+        lambda: losses.append(train.evaluate(params, ids, lengths, job.T).loss),
+        check=lambda: losses[:1],
+    )
 
 
 def encode(job):
@@ -224,6 +259,8 @@ if __name__ == "__main__":
         step=step,
         adamw=adamw,
         names=names,
+        recipe=recipe,
+        validate=validate,
         encode=encode,
         train_bpe=train_bpe,
         sgemm=sgemm,

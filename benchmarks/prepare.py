@@ -33,6 +33,8 @@ def main():
         taken["text"] = make_texts(folder, data, sizes)
     if "names" in job["items"]:
         taken["names"] = make_names(folder, data)
+    if {"recipe", "recipe_step"} & set(job["items"]):
+        taken["recipe"] = make_recipe(folder, data, sizes)
     print(json.dumps(taken))
 
 
@@ -117,6 +119,19 @@ def make_names(folder, data):
         path.write_text("\n".join(names), encoding="utf-8")
     enc = encoder.train("", 257)
     corpus.encode_files(enc, [path], folder / "names.bin", docs="lines")
+    return kind
+
+
+def make_recipe(folder, data, sizes):
+    """Write `recipe`, the start of a model, and `recipe.bin`, a text as bytes."""
+    params = train.init_params(Config(**vars(sizes.recipe)))
+    llmc.save_params(folder / "recipe" / "model.bin", params)
+    path, kind = data / "text" / "tinyshakespeare.txt", "Tiny Shakespeare"
+    if not path.exists():
+        path, kind = folder / "recipe.txt", "made up"
+        path.write_text(make_up_text(1_000_000), encoding="utf-8")
+    enc = encoder.train("", 257)
+    corpus.encode_files(enc, [path], folder / "recipe.bin", docs="file")
     return kind
 
 

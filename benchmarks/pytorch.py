@@ -5,6 +5,7 @@ set to None between steps: what a knowing user of PyTorch writes, without transf
 """
 
 import json
+import math
 import re
 import time
 
@@ -77,7 +78,7 @@ class GPT(nn.Module):
         return self
 
 
-def make_optimizer(model, lr):
+def make_optimizer(model, lr, beta2=worker.BETA2):
     """Return fused AdamW; only matrices decay."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -85,7 +86,7 @@ def make_optimizer(model, lr):
         {"params": matrices, "weight_decay": worker.WEIGHT_DECAY},
         {"params": others, "weight_decay": 0.0},
     ]
-    betas = (worker.BETA1, worker.BETA2)
+    betas = (worker.BETA1, beta2)
     return torch.optim.AdamW(groups, lr, betas, worker.EPS, fused=True)
 
 
@@ -156,6 +157,68 @@ def names(job):
     return Task(work, lambda: work(20), lambda: [float(np.mean(losses[-100:]))])
 
 
+def recipe(job):
+    """Train the recipe's model from scratch for n_steps; check its validation loss."""
+    torch.set_num_threads(job.threads)
+    tokens, _ = llmc.load_tokens(job.folder / "recipe.bin")
+    tokens, state = torch.from_numpy(tokens.astype(np.int64)), {}
+    n = len(tokens) * 9 // 10
+
+    def work(n_steps=job.n_steps):
+        torch.manual_seed(0)
+        model = load(job)
+        compiled = torch.compile(model) if job.compiled else model
+        optimizer = make_optimizer(model, worker.RECIPE["lr"], worker.RECIPE["beta2"])
+        begin = time.perf_counter()
+        for step in range(n_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, n_steps)
+            starts = torch.randint(n - job.T, (job.B,)).tolist()
+            x = torch.stack([tokens[i : i + job.T] for i in starts])
+            y = torch.stack([tokens[i + 1 : i + 1 + job.T] for i in starts])
+            take_step(compiled, optimizer, x, y)
+        state["model"] = model
+        return time.perf_counter() - begin
+
+    def check():
+        return [mean_loss(state["model"], tokens[n:], job.T)]
+
+    return Task(work, lambda: work(min(20, job.n_steps)), check)
+
+
+def learning_rate(step, n_steps):
+    """Return the rate of a step: a linear warm-up, then half a cosine."""
+    lr, min_lr, warmup = (worker.RECIPE[name] for name in ("lr", "min_lr", "warmup"))
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, n_steps - warmup)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def mean_loss(model, tokens, T):
+    """Return the mean loss of all tokens after the first, in windows of T."""
+    losses, n = 0.0, 0
+    with torch.inference_mode():
+        for start in range(0, len(tokens) - 1, 8 * T):
+            chunk = tokens[start : start + 8 * T + 1]
+            rows = (len(chunk) - 1) // T * T
+            for x, y in ((chunk[:rows], chunk[1 : rows + 1]), (chunk[rows:-1], chunk[rows + 1 :])):
+                if len(x):
+                    shape = (-1, T) if len(x) % T == 0 else (1, -1)
+                    losses += len(x) * model(x.view(shape), y.view(shape)).item()
+                    n += len(x)
+    return losses / n
+
+
+def validate(job):
+    """Compute the loss of the bundled model on n_tokens ids, in windows of T."""
+    torch.set_num_threads(job.threads)
+    model, losses = load(job), []
+    ids = worker.random_text_ids(job, model.wte.num_embeddings).astype(np.int64)
+    tokens = torch.from_numpy(ids)
+    return Task(lambda: losses.append(mean_loss(model, tokens, job.T)), check=lambda: losses[:1])
+
+
 def sgemm(job):
     """Multiply two square matrices."""
     torch.set_num_threads(job.threads)
@@ -207,6 +270,8 @@ if __name__ == "__main__":
         step=step,
         adamw=adamw,
         names=names,
+        recipe=recipe,
+        validate=validate,
         sgemm=sgemm,
         matvec=matvec,
         scale=scale,

@@ -47,6 +47,7 @@ class Party:
 PARTIES = {
     "ours": Party("ours", "ours.py"),
     "huggingface": Party("Hugging Face", "huggingface.py", ("torch", "transformers")),
+    "ctranslate2": Party("CTranslate2", "ctranslate2_peer.py", ("ctranslate2", "transformers")),
     "pytorch": Party("PyTorch", "pytorch.py", ("torch",), {"compiled": False}),
     "compiled": Party("PyTorch, compiled", "pytorch.py", ("torch",), {"compiled": True}, 3),
     "tiktoken": Party("tiktoken", "bpe.py", ("tiktoken",)),
@@ -261,7 +262,7 @@ def parse_args(argv=None):
     add("--list", action="store_true", help="list the items and go")
     add("--repeats", type=int, help="turns of everyone; without it 5, or 1 with --quick")
     add("--seconds", type=float, help="to measure in each turn at least; without it 2, or 0.2")
-    add("--quick", action="store_true", help="a coarse look: one short turn")
+    add("--quick", action="store_true", help="a coarse look: one short turn of a few items")
     add("--threads", type=int, help="cores that everyone may use; without it, all")
     add("--peer_python", type=Path, help="an interpreter that has peers which this one lacks")
     add("--json", type=Path, help="file for all that was measured")
@@ -297,6 +298,8 @@ def choose_items(parser, args):
     for name in args.items or []:
         if name not in known:
             parser.error(f"argument --items: {name!r} is none of {', '.join(sorted(known))}")
+    if args.quick and not args.items:
+        return [item for item in everything if item.is_quick]
     chosen = {"limit", *(args.items or known)}
     return [item for item in everything if chosen & {item.name, item.letter}]
 

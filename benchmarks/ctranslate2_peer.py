@@ -1,0 +1,47 @@
+"""The peer that is made for inference: CTranslate2, float32, its model converted from ours."""
+
+import json
+
+import ctranslate2
+import numpy as np
+
+import worker
+from worker import Task
+
+
+def decode(job):
+    """Continue a prompt by n_tokens; with n_samples, so many copies of it at once."""
+    folder = job.folder / f"{job.model}-ct2"
+    if not folder.exists():
+        converter = ctranslate2.converters.TransformersConverter(
+            str(job.folder / f"{job.model}-hf")
+        )
+        converter.convert(str(folder))
+    generator = ctranslate2.Generator(
+        str(folder), compute_type="float32", inter_threads=1, intra_threads=job.threads
+    )
+    tokens = vocabulary(folder)
+    prompt = [tokens[i] for i in worker.prompt_ids(job.n_prompt, len(tokens))]
+    prompts, ids = [prompt] * job.n_samples, []
+
+    def work(n_tokens=job.n_tokens):
+        results = generator.generate_batch(
+            prompts,
+            max_length=n_tokens,
+            min_length=n_tokens,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+            max_batch_size=job.n_samples,
+        )
+        ids[:] = np.transpose([result.sequences_ids[0] for result in results]).ravel().tolist()
+
+    return Task(work, lambda: work(min(2, job.n_tokens)), lambda: ids)
+
+
+def vocabulary(folder):
+    """Return the tokens of a converted model, by id."""
+    return json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    worker.main(decode=decode)
