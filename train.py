@@ -28,14 +28,15 @@ import numpy as np
 
 import encoder
 import gpt2
-from gpt2_support import checkpoint, cli, corpus, datasets, hub, train_cli
-from gpt2_support.checks import check_tokenizer
+from gpt2_support import checkpoint, cli, corpus, datasets, hub, run_folder, train_cli
+from gpt2_support.checks import check_tokenizer, check_writable
 from gpt2_support.data_parallel import DataParallel, decay_blocks, serial
 from gpt2_support.distributed import ProcessGroup, init_process_group
 from gpt2_support.evaluation import Evaluation, Windows, sum_losses
 from gpt2_support.formats import llmc
-from gpt2_support.interrupts import deferred_interrupts
+from gpt2_support.interrupts import deferred_interrupts, forgiving_output, never_fatal
 from gpt2_support.params import Config, Params
+from gpt2_support.run_folder import Diverged, RunFolder, saved_on_error
 from gpt2_support.runlog import RunLog
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
@@ -118,6 +119,8 @@ class TrainState:
     step: int = 0  # steps done; the position in the data follows from it
     best_loss: float = math.inf  # the lowest validation loss so far, in nats a token
     optimizer: AdamW = None  # type: ignore[assignment]  # made below
+    data: dict[str, str] | None = None  # what tells the data from any other
+    is_whole: bool = True  # False in the midst of an update
 
     def __post_init__(self) -> None:
         self.optimizer = self.optimizer or AdamW(self.params)
@@ -282,24 +285,26 @@ def train_step(
     """Take one step on the mean gradient of batches; return loss, grad_norm, learning rate.
 
     The gradient is clipped to a norm of grad_clip (Pascanu et al. 2012, arXiv:1211.5063); the norm
-    returned is that before. Raises ValueError, with the parameters as they were, if the loss or
-    the gradient is not finite.
+    returned is that before. Raises Diverged, a ValueError, with the parameters as they were, if the
+    loss or the gradient is not finite, and ValueError for read-only parameters.
     """
     config, params, group = state.config, state.params, workers.group
+    check_writable(params)
     loss, grads = workers.loss_and_grads(params, batches)
     norm_of_shard = l2_norm(grads.flat[group.shard(grads.flat.size)], workers.parallel)
     grad_norm = math.hypot(*group.all_gather(norm_of_shard))
     if not math.isfinite(loss + grad_norm):
-        raise ValueError(
+        raise Diverged(
             f"training has diverged: at step {state.step + 1} the loss is {loss} and the norm of "
             f"the gradient {grad_norm}. The last checkpoint is untouched; try a lower --lr"
         )
     clip = min(1.0, config.grad_clip / (grad_norm + 1e-6))
     lr = learning_rate(state.step, config)
-    state.step += 1
+    state.step, state.is_whole = state.step + 1, False
     state.optimizer.step(params, grads, lr, state.step, config, clip, workers.parallel)
     if state.optimizer.is_sharded:
         group.all_gather_into(params.flat)
+    state.is_whole = True
     return loss, grad_norm, lr
 
 
@@ -333,7 +338,7 @@ def save_checkpoint(folder: Path, state: TrainState, group: ProcessGroup | None 
     """
     group, params, optimizer = group or ProcessGroup(), state.params, state.optimizer
     meta = {"step": state.step, "best_loss": state.best_loss, "settings": asdict(state.config)}
-    meta["config"] = asdict(params.config)
+    meta |= {"config": asdict(params.config), "data": state.data}
     shards = group.broadcast_shards if optimizer.is_sharded else lambda array: iter([array])
     arrays = {"params": [params.flat], "m": shards(optimizer.m), "v": shards(optimizer.v)}
     if group.rank > 0:
@@ -357,7 +362,8 @@ def load_checkpoint(folder: str | Path, group: ProcessGroup | None = None) -> Tr
         optimizer = AdamW(params, group.shard(params.flat.size) if group else None)
         optimizer.m[...] = arrays["m"][optimizer.shard]
         optimizer.v[...] = arrays["v"][optimizer.shard]
-    return TrainState(params, config, meta["step"], meta["best_loss"], optimizer)
+    step, best_loss, data = meta["step"], meta["best_loss"], meta.get("data")
+    return TrainState(params, config, step, best_loss, optimizer, data)
 
 
 def train(
@@ -371,7 +377,7 @@ def train(
     """Take the steps that are left of a run, in place; write its log and checkpoints to `out`.
 
     All ranks learn, rank 0 also validates, samples and logs. Ctrl-C on any rank ends the loop
-    between two steps, with a checkpoint.
+    between two steps, with a checkpoint; so does an error, where that can be.
     """
     config, group, lengths = state.config, workers.group, datasets.token_lengths(enc)
     reports = group.rank == 0
@@ -379,9 +385,15 @@ def train(
     def is_due(every: int) -> bool:
         return state.step % every == 0 or state.step == config.steps
 
+    def save() -> None:
+        save_checkpoint(run.current, state, group)
+        log.settle(run.settle())
+
     with (
         deferred_interrupts() as interrupted,
-        RunLog(out if reports else None, state.step, config.steps) as log,
+        RunFolder(out, enc.save if reports else None, is_new=state.step == 0) as run,
+        RunLog(run.current if reports else None, state.step, config.steps) as log,
+        saved_on_error(save, lambda: state.step > 0 and state.is_whole and group.size == 1),
     ):
         while state.step < config.steps and not any(group.all_gather(interrupted())):
             start = time.perf_counter()
@@ -393,18 +405,20 @@ def train(
                 evaluation = evaluate(state.params, val, lengths, config.seq_len)
                 log.write(f"step {state.step}: validation loss {evaluation}")
                 scores = [evaluation.loss, evaluation.bits_per_byte]
-                if evaluation.loss < state.best_loss:
+                if evaluation.loss <= state.best_loss:  # equal: this step is taken again
                     state.best_loss = evaluation.loss
-                    llmc.save_params(out / "best" / "model.bin", state.params)
+                    checkpoint.save_best(run.current / "best", state.params, evaluation.loss)
             log.add(state.step, loss, lr, grad_norm, tokens_per_second, *scores)
 
             if reports and is_due(config.sample_every):
-                log.write(f"step {state.step}: a sample at temperature 0.8")
-                log.write(sample_text(state, enc), file=sys.stdout)
+                with never_fatal("sample"):
+                    log.write(f"step {state.step}: a sample at temperature 0.8")
+                    log.write(sample_text(state, enc), file=sys.stdout)
 
             if state.step % config.save_every == 0 and state.step < config.steps:
-                save_checkpoint(out, state, group)
-        save_checkpoint(out, state, group)
+                save()
+        if state.step > 0:
+            save()
 
 
 def sample_text(state: TrainState, enc: Encoder) -> str:
@@ -477,7 +491,7 @@ def make_config(args: Namespace, model: Config) -> TrainConfig:
     return checkpoint.make_settings(TrainConfig, settings | train_cli.fit_to_model(args, model))
 
 
-def make_state(args: Namespace, enc: Encoder) -> TrainState:
+def make_state(args: Namespace, enc: Encoder, data: dict[str, str]) -> TrainState:
     """Return the run that the command line asks for: resumed, from scratch, or from a model."""
     n_vocab = args.n_vocab if args.resume else enc.n_vocab  # a tuned model may have more than enc
     shape = Config(n_vocab, args.n_ctx, args.n_embd, args.n_head, args.n_layer)
@@ -487,7 +501,9 @@ def make_state(args: Namespace, enc: Encoder) -> TrainState:
             raise ValueError(
                 f"{args.out}: the run has {state.params.config}; that cannot be changed"
             )
-        state.config = make_config(args, shape)
+        checkpoint.check_data(args.out, state.data, data, args.other_data)
+        state.config, state.data = make_config(args, shape), data
+        state.best_loss = min(state.best_loss, checkpoint.best_loss(args.out))
         return state
     if args.init == "scratch":
         params = init_params(shape, args.seed)
@@ -495,27 +511,25 @@ def make_state(args: Namespace, enc: Encoder) -> TrainState:
         loaded = gpt2.load(args.init, args.models_dir)
         params = loaded.copy()
         check_tokenizer(args.init, params.config, enc.n_vocab)
-    shard = args.group.shard(params.flat.size) if args.shard else None
-    return TrainState(params, make_config(args, params.config), optimizer=AdamW(params, shard))
+    optimizer = AdamW(params, args.group.shard(params.flat.size) if args.shard else None)
+    return TrainState(params, make_config(args, params.config), optimizer=optimizer, data=data)
 
 
 def train_command(args: Namespace) -> None:
     """Train as the command line asks, and say how to go on from there."""
     group, out = args.group, args.out
+    if not args.resume:
+        run_folder.check_unused(out, args.overwrite)
     with group.rank_zero_first():  # it learns and encodes; the others find that beside the text
         enc = find_tokenizer(args)
         tokens, val_tokens = read_tokens(args, enc)
-    state = make_state(args, enc)
+    data = checkpoint.fingerprint(data=tokens, val_data=val_tokens)
+    state = make_state(args, enc, data)
     config, params = state.config, state.params
     loader = DataLoader(tokens, config, group.rank)
     datasets.check_validation(val_tokens)
-    group.check_same(data=tokens, parameters=params.flat, step=np.array(state.step))
-    if not args.resume:
-        checkpoint.check_unused(out, args.overwrite)
-        if group.rank == 0:
-            for folder in (out, out / "best"):
-                checkpoint.remove_run(folder)
-                enc.save(folder / "tokenizer.bin")
+    ids = np.array([*data.values()])
+    group.check_same(data=ids, parameters=params.flat, step=np.array(state.step))
     workers = DataParallel(gpt2.loss_and_grads, params, config.threads, group)
     seconds = workers.time_step(params, loader.batch(0)) * config.grad_accum
     train_cli.describe(state, len(tokens), seconds, gpt2.LM_HEAD_ROWS)
@@ -545,12 +559,16 @@ def eval_command(args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with init_process_group() as group:
+    with (
+        init_process_group() as group,
+        train_cli.hold_folder(make_parser().parse_args(argv), group),
+    ):
         args = parse_args(argv, group)
         if args.eval_only:
             eval_command(args)
         else:
-            train_command(args)
+            with forgiving_output():
+                train_command(args)
 
 
 def command() -> None:

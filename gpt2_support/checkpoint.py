@@ -10,24 +10,28 @@ import contextlib
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, get_type_hints
 
 import numpy as np
 
-from gpt2_support.files import atomic_write
-from gpt2_support.messages import preview
+from gpt2_support.files import atomic_write, read_json, sync
+from gpt2_support.formats import llmc
+from gpt2_support.messages import info, preview
 
 if TYPE_CHECKING:
-    from typing import TypeVar
+    from typing import Any, TypeVar
 
     from numpy import ndarray
+
+    from gpt2_support.params import Params
 
     Dataclass = TypeVar("Dataclass")
 
 STATE = "state.npz"
-RUN_FILES = ("model.bin", STATE, "log.csv")  # what a run writes, and a new one must not replace
+BEST_LOSS = "val_loss.json"
 MAY_BE_ZERO = ("warmup", "seed")  # the other whole numbers among the settings are 1 or more
 
 
@@ -103,6 +107,8 @@ def check_progress(meta: dict) -> None:
         raise ValueError(f"step = {step!r}")
     if not isinstance(best_loss, int | float) or math.isnan(best_loss):
         raise ValueError(f"best_loss = {best_loss!r}")
+    if not isinstance(meta.get("data"), dict | None):  # which runs of version 0.1.0 do not have
+        raise ValueError(f"data = {meta['data']!r}")
 
 
 def make_settings(cls: type[Dataclass], values: dict) -> Dataclass:
@@ -119,17 +125,45 @@ def make_settings(cls: type[Dataclass], values: dict) -> Dataclass:
     return settings
 
 
-def check_unused(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError if a folder has a model already, which may not be replaced."""
-    if not overwrite and any((folder / name).exists() for name in RUN_FILES):
-        resume = "--resume goes on with it, " if (folder / STATE).exists() else ""
-        raise ValueError(
-            f"{folder}: there is a model already: {resume}--overwrite replaces it, and another "
-            "--out leaves it alone"
-        )
+def fingerprint(**tokens: ndarray) -> dict[str, str]:
+    """Return {name: a text that is another for other tokens (N,)}, for people to compare, too."""
+    return {
+        name: f"{len(ids)} tokens, checksum {zlib.crc32(ids.data):08x}"
+        for name, ids in tokens.items()
+    }
 
 
-def remove_run(folder: Path) -> None:
-    """Remove the files of a run from a folder."""
-    for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
+def check_data(folder: Path, before: Any, now: dict[str, str], other_data: bool) -> None:
+    """Raise ValueError if a run's data are not those of `before`, None in older checkpoints."""
+    for name in now if before and not other_data else ():
+        if before.get(name) != now[name]:
+            raise ValueError(
+                f"{folder}: --{name} has {now[name]}, but the run has been trained with "
+                f"{preview(before.get(name))}: give the same, or --other_data to go on with these"
+            )
+
+
+# The best model, with its loss beside it: the checkpoint that a run goes on from may be older
+
+
+def save_best(folder: Path, params: Params, val_loss: float) -> None:
+    """Write model.bin and its validation loss; the renames follow each other at once.
+
+    The loss comes first: after a kill between the two, the same step writes the same again.
+    """
+    with atomic_write(folder / "model.bin") as file:
+        llmc.write_model(file, params.config, params.named.__getitem__)
+        sync(file)
+        with atomic_write(folder / BEST_LOSS) as small:
+            small.write(json.dumps({"val_loss": val_loss}).encode() + b"\n")
+
+
+def best_loss(folder: Path) -> float:
+    """Return the validation loss of the best model of a run's folder, infinity if none is known."""
+    path = folder / "best" / BEST_LOSS
+    if path.exists() and path.with_name("model.bin").exists():
+        try:
+            return float(read_json(path)["val_loss"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            info(f"{path}: ignored, it holds no loss: {preview(str(error))}")
+    return math.inf

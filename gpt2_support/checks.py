@@ -202,3 +202,10 @@ def check_tokenizer(path: object, config: Config, n_vocab: int) -> None:
     if n_vocab > config.n_vocab:
         actual = f"{n_vocab} tokens, the model only {config.n_vocab}"
         raise ValueError(f"{path}: the tokenizer has {actual}: they do not belong together")
+
+
+def check_writable(params: Params) -> None:
+    """Raise ValueError if parameters are read-only, as those that are mapped from a file."""
+    if not params.flat.flags.writeable:
+        raise ValueError("the parameters are read-only, as gpt2.load returns them: train a copy of "
+                         "them, params.copy()")  # fmt: skip

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2_support.files import atomic_write, with_path
-from gpt2_support.messages import preview
+from gpt2_support.interrupts import never_fatal
+from gpt2_support.messages import info, preview
 
 if TYPE_CHECKING:
     from typing import Any, TextIO
@@ -19,21 +22,34 @@ HEADER = ",".join(COLUMNS)
 
 
 class LogFile:
-    """log.csv, one row a step. A resumed run drops the rows of the steps that it takes again."""
+    """log.csv, one row a step. A resumed run drops the rows of the steps that it takes again.
+
+    A row that cannot be written ends no run: then the file is written anew by the next `save`.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        self.rows = [row for row in read_log(path) if int(row["step"]) <= step] if step else []
+        self.rows = [row for row in read_or_set_aside(path) if int(row["step"]) <= step]
+        self.save()
+
+    def save(self) -> None:
+        """Write all rows, atomically."""
         lines = [HEADER, *(",".join(row.values()) for row in self.rows)]
-        with atomic_write(path) as file:
+        with atomic_write(self.path) as file:
             file.write("".join(f"{line}\n" for line in lines).encode())
+        self.is_whole = True
 
     def add(self, *values: float | None) -> None:
         """Append a row at once; None is an empty cell."""
         cells = ["" if x is None else str(x) if type(x) is int else f"{x:.6g}" for x in values]
-        with with_path(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(",".join(cells) + "\n")
         self.rows.append(dict(zip(COLUMNS, cells, strict=True)))
+        if self.is_whole:
+            self.is_whole = False
+            with never_fatal("write a row of the log, which waits for the next checkpoint"):
+                with with_path(self.path), open(self.path, "r+", encoding="utf-8") as file:
+                    file.seek(0, os.SEEK_END)  # "r+" makes no new file, which would lack the rest
+                    file.write(",".join(cells) + "\n")
+                self.is_whole = True
 
 
 class RunLog:
@@ -45,7 +61,6 @@ class RunLog:
     def __init__(self, folder: Path | None, step: int, n_steps: int) -> None:
         from tqdm import tqdm
 
-        self.folder = folder
         self.file = LogFile(folder / "log.csv", step) if folder else None
         self.bar = tqdm(total=n_steps, initial=step, unit="step", dynamic_ncols=True)
 
@@ -54,8 +69,17 @@ class RunLog:
 
     def __exit__(self, *error: Any) -> None:
         self.bar.close()
-        if self.folder and self.file:
-            plot_log(self.file.rows, self.folder / "loss.png")
+        if self.file:
+            with never_fatal("draw loss.png"):
+                plot_log(self.file.rows, self.file.path.with_name("loss.png"))
+
+    def settle(self, folder: Path) -> None:
+        """Go on in a folder, where a checkpoint is now, with all rows."""
+        if self.file:
+            self.file.path = folder / "log.csv"
+            if not self.file.is_whole:
+                with never_fatal("write the log"):
+                    self.file.save()
 
     def add(
         self,
@@ -91,6 +115,18 @@ def read_log(path: str | Path) -> list[Row]:
     if header != HEADER:
         raise ValueError(f"{path}: begins with {preview(header)}, not as a log of train.py")
     return [parse_row(path, line) for line in lines]
+
+
+def read_or_set_aside(path: Path) -> list[Row]:
+    """Return the rows of a log.csv; give a damaged one another name, with a message."""
+    try:
+        return read_log(path)
+    except (OSError, ValueError) as error:
+        names = (path.with_name(f"log.damaged{i or ''}.csv") for i in itertools.count())
+        aside = next(name for name in names if not name.exists())
+        path.rename(aside)
+        info(f"{error}: it is now {aside.name}, and a new log begins")
+        return []
 
 
 def parse_row(path: str | Path, line: str) -> Row:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2_support import cli, folders, hub
+from gpt2_support import cli, folders, hub, run_folder
 from gpt2_support.data_parallel import choose_threads
 from gpt2_support.messages import info
 from gpt2_support.params import Config, named_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
     from typing import Any
+
+    from gpt2_support.distributed import ProcessGroup
 
 FINE_TUNING = {  # the defaults that differ where --init names a model
     "steps": 200,
@@ -106,7 +110,16 @@ def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentPa
          "that is a cache, in models)"),
     )  # fmt: skip
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    group.add_argument("--overwrite", action="store_true", help="replace the model in --out")
+    group.add_argument(
+        "--other_data",
+        action="store_true",
+        help="with --resume: go on although the data are not those that the run has had",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the model in --out, which stays until the first checkpoint is there",
+    )
     group = add_group(
         "training",
         ("steps", positive, "steps of the optimizer in all"),
@@ -162,6 +175,13 @@ def check_args(parser: cli.ArgumentParser, args: Namespace) -> None:
 
 def out_folder(args: Namespace) -> Path:
     return args.out or folders.trained_models_dir(args.models_dir) / args.data.stem
+
+
+def hold_folder(args: Namespace, group: ProcessGroup) -> AbstractContextManager:
+    """Keep other runs out of the folder that a run writes, during the block."""
+    if args.eval_only or not (args.out or args.data):
+        return contextlib.nullcontext()
+    return run_folder.hold(out_folder(args), group)
 
 
 def fit_to_model(args: Namespace, model: Config) -> dict[str, Any]:
@@ -229,6 +249,9 @@ def memory(state: Any, n_params: int, head_rows: int) -> int:
 
 def say_stopped(step: int, args: Namespace) -> None:
     """Say how to go on with a run that was interrupted."""
+    if step == 0:
+        info(f"{args.out}: stopped before the first step: nothing is saved, and nothing replaced")
+        return
     command = cli.command("train.py", "--resume", "--out", args.out, *["--shard"] * args.shard)
     if args.group.size > 1:
         command = f"mpiexec -n {args.group.size} {command}"

@@ -157,3 +157,44 @@ def call(capsys, monkeypatch):
         return done
 
     return command
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A small text file."""
+    from helpers import TEXT
+
+    path = tmp_path / "fish.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def out(tmp_path):
+    """The folder that `fish` writes."""
+    return tmp_path / "fish"
+
+
+@pytest.fixture
+def fish(text, out):
+    """Arguments for a short run on a small text; `fish("--steps", 4)` adds to them."""
+    tiny = "--n_vocab 260 --n_layer 1 --n_head 2 --n_embd 8 --n_ctx 8 --batch_size 2 --warmup 2"
+    every = "--steps 6 --eval_every 2 --save_every 2 --sample_every 3"
+    arguments = ["--data", text, "--out", out, *tiny.split(), *every.split()]
+    return lambda *more: [str(argument) for argument in (*arguments, *more)]
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Draw no loss.png, which takes longer than the training of these tests."""
+    monkeypatch.setattr("gpt2_support.runlog.plot_log", lambda rows, path: None)
+
+
+@pytest.fixture
+def trained(no_picture, call, fish, out):
+    """The folder of a run that has ended."""
+    import train
+
+    done = call(train, *fish())
+    assert done.returncode == 0, done.stderr
+    return out

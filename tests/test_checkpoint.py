@@ -37,7 +37,7 @@ def test_state_file_holds_what_every_version_reads(tmp_path):
     with zipfile.ZipFile(tmp_path / "state.npz") as archive:
         assert archive.namelist() == ["meta.npy", "params.npy", "m.npy", "v.npy"]
     meta = json.loads(str(np.load(tmp_path / "state.npz")["meta"]))
-    assert list(meta) == ["step", "best_loss", "settings", "config"]
+    assert list(meta) == ["step", "best_loss", "settings", "config", "data"]
     assert list(meta["settings"]) == SETTINGS
     assert list(meta["config"]) == ["n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"]
 

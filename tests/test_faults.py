@@ -200,14 +200,17 @@ def test_full_file_system_keeps_the_last_checkpoint(small_disk):
     assert train.load_checkpoint(small_disk).step == 2
 
 
-def test_full_file_system_names_the_log(small_disk):
+def test_full_file_system_lets_the_log_wait(small_disk, capsys):
     log = runlog.LogFile(small_disk / "log.csv", 0)
     with contextlib.suppress(OSError), open(small_disk / "ballast", "wb", buffering=0) as file:
         while True:
             file.write(bytes(512))
-    with pytest.raises(OSError, match=r"No space left on device: .*log\.csv"):
-        for step in range(1000):
-            log.add(step, 2.5, 1e-3, 1.0, 100.0, None, None)
+    for step in range(1000):
+        log.add(step, 2.5, 1e-3, 1.0, 100.0, None, None)
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    (small_disk / "ballast").unlink()
+    log.save()
+    assert runlog.read_log(small_disk / "log.csv") == log.rows and len(log.rows) == 1000
 
 
 # ----------------------------------------------------------------------------------------------

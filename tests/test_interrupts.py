@@ -21,3 +21,16 @@ def test_second_ctrl_c_does_not_wait_for_the_step(monkeypatch, capsys):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
     assert capsys.readouterr().err.count("stopping after this step") == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_hang_up_stops_a_run_unless_nohup_is_there(capsys):
+    for handler, expected in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        before = signal.signal(signal.SIGHUP, handler)
+        try:
+            with interrupts.deferred_interrupts() as interrupted:
+                signal.raise_signal(signal.SIGHUP)
+                assert interrupted() == expected
+            assert signal.getsignal(signal.SIGHUP) == handler
+        finally:
+            signal.signal(signal.SIGHUP, before)

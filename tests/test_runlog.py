@@ -2,6 +2,7 @@
 
 import pytest
 
+import train
 from gpt2_support import runlog
 
 FIGURES = (2.5, 1e-3, 1.0, 100.0)  # loss, lr, grad_norm, tokens_per_second
@@ -42,3 +43,28 @@ def test_run_log_without_a_folder_writes_no_files(tmp_path, monkeypatch):
     with runlog.RunLog(None, 0, 1) as log:
         log.add(1, *FIGURES)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["begun anew", "zeros of a power cut", "a folder", "foreign"])
+def test_damaged_log_is_set_aside_and_the_run_goes_on(trained, call, damage):
+    path = trained / "log.csv"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if damage == "a folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        texts = {
+            "begun anew": "".join(lines[3:]),
+            "zeros of a power cut": "".join(lines[:3]) + "\0" * 50 + "\n" + lines[4],
+            "foreign": "date,weight\n2026-11-24,70\n",
+        }
+        path.write_text(texts[damage], encoding="utf-8")
+        before = path.read_bytes()
+    (trained / "log.damaged.csv").write_text("an older one")
+    done = call(train, "--resume", "--out", trained, "--steps", 8)
+    assert done.returncode == 0, done.stderr
+    assert "it is now log.damaged1.csv, and a new log begins" in done.stderr
+    assert [row["step"] for row in runlog.read_log(path)] == ["7", "8"]
+    assert (trained / "log.damaged.csv").read_text() == "an older one"
+    if damage != "a folder":
+        assert (trained / "log.damaged1.csv").read_bytes() == before

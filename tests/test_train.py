@@ -273,6 +273,18 @@ def test_train_step_stops_before_a_non_finite_update(poison):
     assert state.step == 0 and not state.optimizer.m.any()
 
 
+def test_train_step_refuses_read_only_parameters_before_it_changes_anything(tmp_path):
+    llmc.save_params(tmp_path / "model.bin", train.init_params(TINY))
+    params = gpt2.load(tmp_path)
+    state, tokens = train.TrainState(params, make_config()), uint16_tokens(9)[None]
+    with pytest.raises(ValueError, match=r"read-only, .* train a copy of them, params\.copy"):
+        train.train_step(state, [(tokens[:, :-1], tokens[:, 1:])], make_workers(params))
+    assert state.step == 0 and not state.optimizer.m.any() and not state.optimizer.v.any()
+    state = train.TrainState(params.copy(), make_config())
+    train.train_step(state, [(tokens[:, :-1], tokens[:, 1:])], make_workers(state.params))
+    assert state.step == 1
+
+
 def test_training_overfits_one_batch():
     rates = {"lr": 1e-2, "min_lr": 1e-3, "warmup": 10, "weight_decay": 0.0}
     state = make_state(
@@ -333,41 +345,6 @@ def test_checkpoint_model_is_that_of_the_state(tmp_path):
 # --- the command line ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "fish.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "fish"
-
-
-@pytest.fixture
-def fish(text, out):
-    """Arguments for a short run on a small text; `fish("--steps", 4)` adds to them."""
-    tiny = "--n_vocab 260 --n_layer 1 --n_head 2 --n_embd 8 --n_ctx 8 --batch_size 2 --warmup 2"
-    every = "--steps 6 --eval_every 2 --save_every 2 --sample_every 3"
-    arguments = ["--data", text, "--out", out, *tiny.split(), *every.split()]
-    return lambda *more: [str(argument) for argument in (*arguments, *more)]
-
-
-@pytest.fixture
-def no_picture(monkeypatch):
-    """Draw no loss.png, which takes longer than the training of these tests."""
-    monkeypatch.setattr(runlog, "plot_log", lambda rows, path: None)
-
-
-@pytest.fixture
-def trained(no_picture, call, fish, out):
-    """The folder of a run that has ended."""
-    done = call(train, *fish())
-    assert done.returncode == 0, done.stderr
-    return out
-
-
 def last_line(text):
     return text.strip().splitlines()[-1]
 
@@ -385,7 +362,7 @@ def test_command_trains_from_text_and_its_last_line_samples(call, fish, out):
     done = call(train, *fish())
     assert done.returncode == 0, done.stderr
     assert {"model.bin", "tokenizer.bin", "state.npz", "log.csv", "best"} <= set(os.listdir(out))
-    assert set(os.listdir(out / "best")) == {"model.bin", "tokenizer.bin"}
+    assert set(os.listdir(out / "best")) == {"model.bin", "tokenizer.bin", "val_loss.json"}
     rows = runlog.read_log(out / "log.csv")
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [bool(row["val_loss"]) for row in rows] == [False, True] * 3
@@ -464,12 +441,15 @@ def test_command_resumes_a_run_that_has_ended_and_mends_its_model(trained, call)
     assert len(losses(trained)) == 6
 
 
-def test_command_saves_and_exits_after_a_signal(no_picture, call, fish, out, monkeypatch):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_command_saves_and_exits_after_a_signal(no_picture, call, fish, out, monkeypatch, name):
+    if not hasattr(signal, name):
+        pytest.skip("Windows has no SIGHUP")
     step = train.train_step
 
     def step_with_signal(state, *args):
         if state.step == 2:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(getattr(signal, name))
         return step(state, *args)
 
     monkeypatch.setattr(train, "train_step", step_with_signal)
