@@ -520,7 +520,7 @@ def train_command(args: Namespace) -> None:
     group, out = args.group, args.out
     if not args.resume:
         run_folder.check_unused(out, args.overwrite)
-    with group.rank_zero_first():  # it learns and encodes; the others find that beside the text
+    with group.rank_zero_first():  # it learns and encodes; the others find that done
         enc = find_tokenizer(args)
         tokens, val_tokens = read_tokens(args, enc)
     data = checkpoint.fingerprint(data=tokens, val_data=val_tokens)

@@ -1,4 +1,9 @@
-"""Data sets for training: token ids from a text file, kept beside it, or from a tokens .bin."""
+"""Data sets for training: token ids from a text file, which is encoded once, or a tokens .bin.
+
+The tokens of a text, and the vocabulary learned from it, are kept in a cache folder. Their names
+are hashes of the text's contents and of what else decides them, so another text never has them.
+Files there can be removed at any time.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpt2_support import corpus
+from gpt2_support import corpus, folders
+from gpt2_support.files import file_hash
 from gpt2_support.formats import llmc
 from gpt2_support.messages import info
 
@@ -38,22 +44,71 @@ def is_text(path: Path) -> bool:
     return path.suffix != ".bin" and magic != llmc.TOKENS_MAGIC
 
 
-def is_newer(path: Path, source: Path) -> bool:
-    return path.exists() and path.stat().st_mtime_ns >= source.stat().st_mtime_ns
+# ----------------------------------------------------------------------------------------------
+# What is computed from a text
+
+
+def cache_dir() -> Path:
+    """Return the folder of the tokens of texts, which is made if it is not there."""
+    folder = folders.datasets_dir() / "encoded"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        advice = "name a folder that can be written with GPT2_DATASETS_DIR in the environment"
+        raise OSError(f"{error}: {advice}") from None
+    return folder
+
+
+def cache_path(text: Path, digest: str, *others: bytes) -> Path:
+    """Return where something is kept that a text, by its digest, and the others decide."""
+    key = hashlib.sha256(b"".join([digest.encode(), *others])).hexdigest()[:16]
+    return cache_dir() / f"{text.stem}.{key}.bin"
+
+
+def text_digest(text: Path) -> str:
+    """Return a hash of what a text holds."""
+    return file_hash(text, "sha256").hexdigest()
+
+
+def check_unchanged(text: Path, digest: str) -> None:
+    """Raise ValueError if a text has another digest now."""
+    if text_digest(text) != digest:
+        raise ValueError(f"{text}: the text changed while it was read: run this again")
 
 
 def learn_tokenizer(
     text: Path, n_vocab: int, train: Callable[[Iterable[str], int], Encoder]
 ) -> Path:
-    """Return the path of the tokenizer of n_vocab tokens learned from a text, and kept beside it.
+    """Return the path of the tokenizer of n_vocab tokens learned from a text, which is kept.
 
-    `train` learns it from the text in chunks, unless the file is there and newer than the text.
+    `train` learns it from the text in chunks, unless it has been learned before.
     """
-    path = text.with_name(f"{text.name}.{n_vocab}.tokenizer.bin")
-    if not is_newer(path, text):
+    digest = text_digest(text)
+    path = cache_path(text, digest, b"a tokenizer of %d" % n_vocab)
+    if not path.exists():
         info(f"{path}: learning a vocabulary of {n_vocab} tokens from {text}")
-        train(corpus.read_texts([text]), n_vocab).save(path)
+        enc = train(corpus.read_texts([text]), n_vocab)
+        check_unchanged(text, digest)
+        enc.save(path)
     return path
+
+
+def encode_text(text: Path, enc: Encoder, docs: str) -> Path:
+    """Return the path of the tokens .bin of a text, which is encoded unless it has been before."""
+    digest = text_digest(text)
+    table = b"".join(bytes([len(token)]) + token for token in enc.tokens)
+    path = cache_path(text, digest, table, f"{enc.eot} {docs}".encode())
+    if not path.exists():
+        info(f"{path}: encoding {text}")
+        n_procs = os.cpu_count() or 1
+        corpus.encode_files(
+            enc, [text], path, docs, n_procs, check=lambda: check_unchanged(text, digest)
+        )
+    return path
+
+
+# ----------------------------------------------------------------------------------------------
+# Token ids
 
 
 def tokenizer_beside(tokens: Path) -> Path:
@@ -65,17 +120,11 @@ def tokenizer_beside(tokens: Path) -> Path:
 
 
 def read_tokens(path: Path, enc: Encoder, docs: str) -> Integer[ndarray, " N"]:
-    """Return the ids (N,) of a tokens .bin, or of a text file, which is encoded once, beside it.
+    """Return the ids (N,) of a tokens .bin, or of a text file.
 
     Raises ValueError for ids that `enc` does not have, or a file made with another vocabulary.
     """
-    if is_text(path):
-        table = b"".join(bytes([len(token)]) + token for token in enc.tokens)
-        digest = hashlib.sha256(table + docs.encode()).hexdigest()[:8]
-        text, path = path, path.with_name(f"{path.name}.{digest}.bin")
-        if not is_newer(path, text):
-            info(f"{path}: encoding {text}")
-            corpus.encode_files(enc, [text], path, docs, os.cpu_count() or 1)
+    path = encode_text(path, enc, docs) if is_text(path) else path
     tokens, n_vocab = llmc.load_tokens(path)
     check_vocabulary(path, max_id(tokens), n_vocab, enc.n_vocab)
     return tokens

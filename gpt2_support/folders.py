@@ -1,8 +1,9 @@
-"""Where models live.
+"""Where models and data sets live.
 
-In a checkout (`python gpt2.py`, or `pip install -e`) all models are in its `models/`. Where the
-package is installed, the bundled model is inside the package and downloads go to the user's cache.
-GPT2_MODELS_DIR in the environment names another folder in both cases.
+In a checkout (`python gpt2.py`, or `pip install -e`) all models are in its `models/`, data sets in
+its `datasets/`. Where the package is installed, the bundled model is inside the package and
+downloads go to the user's cache. GPT2_MODELS_DIR and GPT2_DATASETS_DIR in the environment name
+other folders in both cases.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ BUNDLED_MODEL = "stories"
 
 
 def user_cache_dir() -> Path:
-    """Return the folder of downloaded models of an installed package."""
+    """Return the folder in which an installed package keeps `models` and `datasets`."""
     home = Path(os.path.expanduser("~"))
     if sys.platform == "win32":
         cache = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
@@ -29,22 +30,31 @@ def user_cache_dir() -> Path:
     else:
         cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
         cache = cache if cache.is_absolute() else home / ".cache"  # as the XDG specification asks
-    return cache / "gpt2-numpy" / "models"
+    return cache / "gpt2-numpy"
 
 
 def default_models_dir() -> Path:
     """Return the folder where models are looked for by name and downloaded to."""
     if os.environ.get("GPT2_MODELS_DIR"):
         return Path(os.environ["GPT2_MODELS_DIR"]).expanduser()
-    return user_cache_dir() if INSTALLED else BUNDLED_DIR
+    return user_cache_dir() / "models" if INSTALLED else BUNDLED_DIR
 
 
 MODELS_DIR = default_models_dir()
 
 
+def datasets_dir() -> Path:
+    """Return the folder of downloaded data sets, and of the tokens that texts were encoded to."""
+    if os.environ.get("GPT2_DATASETS_DIR"):
+        return Path(os.environ["GPT2_DATASETS_DIR"]).expanduser()
+    checkout = PACKAGE.parent
+    in_cache = INSTALLED or not os.access(checkout, os.W_OK)  # of another user, say
+    return (user_cache_dir() if in_cache else checkout) / "datasets"
+
+
 def trained_models_dir(models_dir: str | Path = MODELS_DIR) -> Path:
     """Return the folder for models of the user's own: `models_dir`, but never the cache."""
-    return Path("models") if Path(models_dir) == user_cache_dir() else Path(models_dir)
+    return Path("models") if Path(models_dir) == user_cache_dir() / "models" else Path(models_dir)
 
 
 def candidates(name: str | Path, models_dir: str | Path = MODELS_DIR) -> list[Path]:

@@ -5,6 +5,7 @@ examples of each property, and every call of every function checked against its 
 use all cores, where pytest-xdist is installed; `-n 0` or the name of a test file keeps to one.
 """
 
+import itertools
 import subprocess
 import sys
 import typing
@@ -102,6 +103,19 @@ def check_types(function):
     name = function.__name__
     checked = name not in REFUSE_BAD_VALUES and not name.startswith("check_")
     return beartype.beartype(function) if checked else function
+
+
+@pytest.fixture(scope="session")
+def datasets_dirs(tmp_path_factory):
+    """Yields paths of folders that are not there yet, without end."""
+    base = tmp_path_factory.mktemp("datasets")
+    return (base / str(number) for number in itertools.count())
+
+
+@pytest.fixture(autouse=True)
+def datasets_dir(datasets_dirs, monkeypatch):
+    """Each test has a folder of its own for data sets and the tokens of texts."""
+    monkeypatch.setenv("GPT2_DATASETS_DIR", str(next(datasets_dirs)))
 
 
 @pytest.fixture

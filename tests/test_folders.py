@@ -48,12 +48,21 @@ def test_downloads_of_an_installation_go_to_the_cache(
     monkeypatch.setattr(folders.sys, "platform", platform)
     for name, value in variables.items():
         monkeypatch.setenv(name, value.format(tmp_path))
+    monkeypatch.delenv("GPT2_DATASETS_DIR")
     assert folders.default_models_dir() == tmp_path / expected / "gpt2-numpy" / "models"
+    assert folders.datasets_dir() == tmp_path / expected / "gpt2-numpy" / "datasets"
 
 
 def test_models_of_a_checkout_are_in_it(monkeypatch):
     monkeypatch.delenv("GPT2_MODELS_DIR", raising=False)
     assert folders.default_models_dir() == Path(gpt2.__file__).resolve().parent / "models"
+
+
+def test_data_sets_of_a_checkout_are_in_it_if_it_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.delenv("GPT2_DATASETS_DIR")
+    assert folders.datasets_dir() == Path(gpt2.__file__).resolve().parent / "datasets"
+    monkeypatch.setattr(folders.os, "access", lambda path, mode: False)
+    assert folders.datasets_dir() == folders.user_cache_dir() / "datasets"
 
 
 @pytest.mark.parametrize("is_installed", [False, True])
@@ -63,6 +72,8 @@ def test_environment_names_the_folder_of_models(monkeypatch, tmp_path, is_instal
     assert folders.default_models_dir() == tmp_path
     monkeypatch.setenv("GPT2_MODELS_DIR", "~/models")
     assert folders.default_models_dir() == Path.home() / "models"
+    monkeypatch.setenv("GPT2_DATASETS_DIR", "~/texts")
+    assert folders.datasets_dir() == Path.home() / "texts"
 
 
 def test_trained_models_never_go_to_the_cache(installed, tmp_path):
