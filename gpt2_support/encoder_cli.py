@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2_support import cli, corpus
-from gpt2_support.formats.token_table import EOT_TEXT
+from gpt2_support import cli, corpus, folders
+from gpt2_support.formats.token_table import EOT_TEXT, FILE_NAMES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 
 def vocabulary_size(text: str) -> int:
@@ -39,7 +39,29 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         command.add_argument(
             "texts", metavar="TEXT", nargs="+", type=Path, help="a text file (UTF-8)"
         )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_out(parser, args)
+    return args
+
+
+def check_out(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error about the arguments if --out is a file that is read, or not a file."""
+    if not args.out.exists():
+        return
+    if not args.out.is_file():
+        parser.error(f"--out {args.out} is not a file that can be replaced")
+    for path in inputs(args):
+        if path.exists() and path.samefile(args.out):
+            parser.error(f"--out {args.out} is {path}, which is read: give another --out")
+
+
+def inputs(args: argparse.Namespace) -> Iterator[Path]:
+    """Yield the paths that a command may read."""
+    yield from args.texts
+    if args.command == "encode":
+        for path in (Path(args.tokenizer), *folders.candidates(args.tokenizer)):
+            yield path
+            yield from (path / name for names in FILE_NAMES for name in names)
 
 
 def add_train_command(commands: argparse._SubParsersAction) -> cli.ArgumentParser:

@@ -27,6 +27,10 @@ def enc():
     return encoder.train(TEXT, 400)
 
 
+def last_line(text):
+    return text.splitlines()[-1]
+
+
 def naive_train(text, n_vocab):
     """Count all pairs anew for each merge; return the tokens, and the ids of every pre-token."""
     tokens = [bytes([byte]) for byte in token_table.bytes_to_unicode()]
@@ -405,6 +409,43 @@ def test_commands_report_errors_on_one_line(call, enc, tmp_path, args, status, m
     assert (done.returncode, done.stdout) == (status, "")
     assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not names["out"].exists()
+
+
+@pytest.mark.parametrize("link", ["the same", "symlink", "hard link", "another spelling"])
+@pytest.mark.parametrize("command", ["train", "encode"])
+def test_commands_refuse_an_output_that_is_an_input(call, enc, tmp_path, command, link):
+    text, out, table = (tmp_path / name for name in ("a.txt", "b.txt", "tokenizer.bin"))
+    text.write_bytes(TEXT.encode())
+    enc.save(table)
+    if link == "symlink":
+        out.symlink_to(text)
+    elif link == "hard link":
+        out.hardlink_to(text)
+    else:
+        (tmp_path / "folder").mkdir()
+        out = tmp_path / "folder" / ".." / "a.txt" if link == "another spelling" else text
+    flags = ["--tokenizer", table] if command == "encode" else ["--n_vocab", 300]
+    done = call(encoder, command, text, *flags, "--out", out)
+    assert done.returncode == 2
+    assert f"--out {out} is {text}, which is read" in last_line(done.stderr)
+    assert text.read_bytes() == out.read_bytes() == TEXT.encode()
+
+
+def test_command_encode_refuses_to_write_over_its_tokenizer(call, enc, tmp_path):
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+    table = tmp_path / "tokenizer.bin"
+    enc.save(table)
+    for given in (table, tmp_path):
+        done = call(encoder, "encode", tmp_path / "text.txt", "--tokenizer", given, "--out", table)
+        assert done.returncode == 2 and "is read" in last_line(done.stderr)
+        assert encoder.load(table).tokens == enc.tokens
+
+
+def test_commands_refuse_an_output_that_is_no_file(call, tmp_path):
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+    done = call(encoder, "train", tmp_path / "text.txt", "--n_vocab", 300, "--out", tmp_path)
+    assert done.returncode == 2
+    assert f"--out {tmp_path} is not a file that can be replaced" in last_line(done.stderr)
 
 
 # ----------------------------------------------------------------------------------------------
