@@ -6,6 +6,7 @@ import io
 import os
 import re
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -129,7 +130,18 @@ def start_worker(enc: Encoder) -> None:
     """Prepare a process for `encode_in_worker`; Ctrl-C is left to its parent."""
     global worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     worker_encoder = enc
+
+
+def end_with_parent() -> None:
+    """End this process as soon as its parent has ended: a parent that is killed cannot say so."""
+    from multiprocessing import parent_process
+
+    parent = parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
 
 
 def encode_in_worker(batch: Batch) -> Ids:
@@ -143,11 +155,13 @@ def encode_batches(enc: Encoder, batches: Iterable[Batch], n_procs: int) -> Iter
         yield from (encode_batch(enc, batch) for batch in batches)
         return
     from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         n_procs, mp_context=get_context("spawn"), initializer=start_worker, initargs=(enc,)
-    ) as pool:
+    )
+    try:
         pending: deque = deque()  # a few batches only, so that memory is bounded
         for batch in batches:
             pending.append(pool.submit(encode_in_worker, batch))
@@ -155,6 +169,13 @@ def encode_batches(enc: Encoder, batches: Iterable[Batch], n_procs: int) -> Iter
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            f"one of the {n_procs} processes that encode has ended, killed perhaps because memory "
+            "ran out: try again, with fewer processes (encoder.py encode --n_procs)"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def encode_files(

@@ -1,6 +1,11 @@
 """Text files: reading them in chunks, documents, and encoding them in several processes."""
 
+import os
+import subprocess
+import sys
+
 import pytest
+from helpers import ROOT
 from hypothesis import example, given
 from hypothesis import strategies as st
 from texts import EOT, TEXT, awkward_text, examples, with_eot
@@ -108,6 +113,54 @@ def test_chunks_are_bounded_where_there_are_spaces(write):
 def test_encode_files_gives_the_same_ids_in_several_processes(enc, write):
     path = write((DOCUMENTS + TEXT) * 20)
     assert encoded(enc, path, n_procs=2, chunk_size=200) == encoded(enc, path)
+
+
+class Ending(encoder.Encoder):
+    """Ends its process, as if it were killed for want of memory."""
+
+    def encode(self, text, allow_special=False):
+        os._exit(9)
+
+
+@pytest.mark.thorough
+def test_worker_that_is_killed_is_an_error_of_one_line(enc, write, tmp_path):
+    path, out = write("word " * 4000), tmp_path / "out.bin"
+    with pytest.raises(ChildProcessError, match=r"ended.*memory.*--n_procs") as error:
+        corpus.encode_files(Ending(enc.tokens, enc.eot), [path], out, n_procs=2, chunk_size=1000)
+    assert isinstance(error.value, OSError)  # which cli.run prints as one line
+    assert os.listdir(tmp_path) == ["text.txt"]
+
+
+ENDLESS = """
+import time
+import encoder
+from gpt2_support import corpus
+
+class Endless(encoder.Encoder):
+    def encode(self, text, allow_special=False):
+        print("encoding", flush=True)
+        time.sleep(600)
+
+if __name__ == "__main__":
+    enc = Endless([bytes([byte]) for byte in range(256)], eot=0)
+    corpus.encode_files(enc, ["text.txt"], "out.bin", n_procs=2, chunk_size=1000)
+"""
+
+
+@pytest.mark.thorough
+def test_workers_end_with_the_process_that_started_them(write, tmp_path, uncounted):
+    write("word " * 4000)
+    (tmp_path / "endless.py").write_text(ENDLESS, encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "endless.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdout.readline() + process.stdout.readline() == b"encoding\n" * 2
+    process.kill()
+    process.communicate(timeout=20)  # returns when no process has standard output open
 
 
 def test_encode_files_replaces_invalid_utf8(enc, write):

@@ -435,8 +435,8 @@ def test_command_encode_refuses_to_write_over_its_tokenizer(call, enc, tmp_path)
     (tmp_path / "text.txt").write_bytes(TEXT.encode())
     table = tmp_path / "tokenizer.bin"
     enc.save(table)
-    for given in (table, tmp_path):
-        done = call(encoder, "encode", tmp_path / "text.txt", "--tokenizer", given, "--out", table)
+    for place in (table, tmp_path):
+        done = call(encoder, "encode", tmp_path / "text.txt", "--tokenizer", place, "--out", table)
         assert done.returncode == 2 and "is read" in last_line(done.stderr)
         assert encoder.load(table).tokens == enc.tokens
 
