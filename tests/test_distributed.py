@@ -20,7 +20,7 @@ import pytest
 from helpers import ROOT, TEXT, TINY
 
 import train
-from gpt2_support import distributed, runlog
+from gpt2_support import distributed, run_folder, runlog
 from gpt2_support.distributed import MPIProcessGroup, ProcessGroup
 from gpt2_support.params import n_params
 
@@ -320,6 +320,17 @@ def test_command_refuses_to_replace_a_model_unasked(mpi, fish, text):
     assert (text.parent / "fish" / "model.bin").read_bytes() == before
     assert mpi(2, *fish("--seed", 1, "--overwrite")).returncode == 0
     assert (text.parent / "fish" / "model.bin").read_bytes() != before
+
+
+@pytest.mark.thorough
+def test_command_refuses_a_folder_in_which_another_run_writes(mpi, fish, text):
+    out, start = text.parent / "fish", time.monotonic()
+    with run_folder.hold(out, ProcessGroup()):
+        done = mpi(2, *fish())
+    assert done.returncode == 1
+    assert ["another run is writing there" in line for line in errors(done)] == [True]
+    assert time.monotonic() - start < MPIProcessGroup.PATIENCE + 20
+    assert not list(out.iterdir())
 
 
 @pytest.mark.thorough

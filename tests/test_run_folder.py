@@ -2,14 +2,17 @@
 
 import errno
 import os
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from faults import read_files
-from helpers import TEXT, TINY
+from helpers import ROOT, TEXT, TINY
 
 import encoder
 import gpt2
@@ -314,6 +317,34 @@ def test_forgiving_output_says_what_was_lost(capsys, monkeypatch):
         print("a sample")
     assert "standard output could not be written: [Errno 28]" in capsys.readouterr().err
     assert train.sys.stdout is stream
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="Windows has no such terminals")
+def test_run_whose_terminal_goes_is_saved(fish, out):
+    """The kernel sends SIGHUP, and every write is an error from then on."""
+    terminal, end = os.openpty()
+    command = [sys.executable, ROOT / "train.py", *fish("--steps", 10**6, "--save_every", 10**6)]
+    code = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    command = [sys.executable, "-c", code + "os.execv(sys.argv[1], sys.argv[1:])", *command]
+    process = subprocess.Popen(
+        list(map(str, command)), stdin=end, stdout=end, stderr=end, start_new_session=True
+    )
+    os.close(end)
+    while not (out / "log.csv").exists() or len(runlog.read_log(out / "log.csv")) < 5:
+        assert process.poll() is None and os.read(terminal, 4096)
+    os.close(terminal)
+    assert process.wait(60) == 130
+    assert train.load_checkpoint(out).step == len(runlog.read_log(out / "log.csv")) >= 5
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("streams", ["> /dev/full", "2> /dev/full", ">&- 2>&-", "2>&1 | head -c 1"])
+def test_run_whose_output_goes_nowhere_comes_to_its_end(fish, out, streams):
+    command = shlex.join([sys.executable, str(ROOT / "train.py"), *fish()])
+    subprocess.run(f"{command} {streams}", shell=True, check=True, capture_output=True)
+    assert train.load_checkpoint(out).step == len(runlog.read_log(out / "log.csv")) == 6
 
 
 # --- the best model -----------------------------------------------------------------------------
