@@ -20,6 +20,7 @@ import copy
 import itertools
 import math
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,7 +38,7 @@ from gpt2_support.checks import (
     check_tokens,
     check_vocabulary,
 )
-from gpt2_support.messages import info
+from gpt2_support.prompts import answer_prompts
 from gpt2_support.weights import load_params
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
@@ -741,8 +742,8 @@ def load(name: str | Path = "124M", models_dir: str | Path = hub.MODELS_DIR) -> 
 # The command line, whose flags are in gpt2_support/gpt2_cli.py
 
 
-def write_samples(params: Params, enc: Encoder, ids: list[int], args: argparse.Namespace) -> None:
-    """Continue a prompt, and write the text to standard output as `streaming` shows it."""
+def write_samples(params: Params, enc: Encoder, args: argparse.Namespace, ids: list[int]) -> str:
+    """Continue a prompt, write the text to standard output as `streaming` shows it, return it."""
     prompts, _ = check_prompts(params, [ids] * args.n_samples, args.n_tokens, enc.eot)
     limits = args.temperature, args.top_k, args.top_p
     sampling = *limits, args.seed, args.repetition_penalty, enc.eot, enc.n_vocab
@@ -751,7 +752,8 @@ def write_samples(params: Params, enc: Encoder, ids: list[int], args: argparse.N
         return next_token_probs(logits, *(limits if args.temperature else ()))
 
     steps = decode(params, prompts, args.n_tokens, *sampling)
-    streaming.write_samples(steps, enc, args, probs if args.explain else None, len(prompts[0]))
+    explain = probs if args.explain else None
+    return streaming.write_samples(steps, enc, args, explain, len(prompts[0]))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -766,16 +768,7 @@ def main(argv: list[str] | None = None) -> None:
     params = load_params(path)
     enc = encoder.load(path if path.is_dir() else path.parent)
     check_tokenizer(path, params.config, enc.n_vocab)
-    n_ctx = params.config.n_ctx
-    for prompt in streaming.read_prompts(args):
-        ids = enc.encode(prompt)
-        if len(ids) <= n_ctx:
-            write_samples(params, enc, ids, args)
-            continue
-        message = f"prompt of {len(ids)} tokens exceeds n_ctx = {n_ctx}"
-        if not args.interactive:
-            args.error(message)
-        info(message)
+    answer_prompts(args, enc, params.config.n_ctx, partial(write_samples, params, enc, args))
 
 
 def command() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
+import math
 import os
 import re
 import shlex
@@ -11,11 +13,12 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from gpt2_support import __version__, folders
+from gpt2_support.messages import info, printable
 
 # What the programs of a checkout are called where the package is installed.
 COMMANDS = {
@@ -70,6 +73,10 @@ class ArgumentParser(argparse.ArgumentParser):
     `examples` are command lines. Every text calls our programs as in a checkout, `python gpt2.py`,
     and is shown with the names that they have here. Paragraphs are wrapped and indented lines left
     as they are. Defaults are shown unless they are nothing (None, False, "", []).
+
+    Flags may be written with dashes for underscores, or as one of `aliases`, {alias: flag}. An
+    argument that is none of ours is an error with a guess at what was meant: a flag of a similar
+    name, or what `guess(args, words)` returns for words that are no flags.
     """
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -91,8 +98,14 @@ class ArgumentParser(argparse.ArgumentParser):
             return METAVARS.get(getattr(action.type, "__name__", ""), "TEXT")
 
     def __init__(
-        self, examples: Sequence[str] = (), prog: str | None = None, **kwargs: Any
+        self,
+        examples: Sequence[str] = (),
+        prog: str | None = None,
+        aliases: Mapping[str, str] | None = None,
+        guess: Callable[[argparse.Namespace, list[str]], str] | None = None,
+        **kwargs: Any,
     ) -> None:
+        self.aliases, self.guess = aliases or {}, guess
         parts = ["\n  ".join(["examples:", *examples]), EXIT_STATUS]
         kwargs["epilog"] = "\n\n".join(parts[not examples :])
         prog = as_typed(prog or Path(sys.argv[0]).name)
@@ -106,17 +119,52 @@ class ArgumentParser(argparse.ArgumentParser):
     ) -> argparse._ArgumentGroup:
         return super().add_argument_group(title and as_typed(title), *args, **kwargs)
 
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse the arguments; an unknown one is an error, also for a command of a program."""
+        args = [*(sys.argv[1:] if args is None else args)]
+        n_flags = args.index("--") if "--" in args else len(args)
+        args[:n_flags] = map(self.spell, args[:n_flags])
+        unknown = [arg for arg in args[:n_flags] if re.match("-h.", arg)]  # no flag but -h has a -
+        parsed = namespace or argparse.Namespace()
+        if not unknown:
+            parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self.hint(parsed, unknown)}")
+        return parsed, []
+
+    def spell(self, arg: str) -> str:
+        """Return an argument with its flag as it is spelled here: --n_tokens for --n-tokens."""
+        match = re.fullmatch(r"(--\w[\w-]*)(=.*)?", arg, re.DOTALL)
+        if not match:
+            return arg
+        flag = "--" + match[1][2:].replace("-", "_")
+        return self.aliases.get(flag, flag) + (match[2] or "")
+
+    def hint(self, args: argparse.Namespace, unknown: list[str]) -> str:
+        """Return what was probably meant by unknown arguments, "; did you mean ...?", or ""."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for arg in unknown:
+            flag = "--" + arg.partition("=")[0].lstrip("-")
+            if arg.startswith("-") and (close := difflib.get_close_matches(flag, flags, 1, 0.7)):
+                return f"; did you mean {close[0]}?"
+        if self.guess and not any(arg.startswith("--") for arg in unknown):
+            return f"; {self.guess(args, unknown)}"
+        return ""
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        info(f"{self.prog}: error: {one_line(message)} (see --help)")
+        sys.exit(2)
+
+
+def one_line(text: str) -> str:
+    """Return a text with spaces for its line ends."""
+    return " ".join(text.split())
 
 
 # What stands for a flag's value in --help, by its type.
-METAVARS = {
-    **dict.fromkeys(("int", "positive_int", "natural", "vocabulary_size"), "N"),
-    **dict.fromkeys(("float", "number"), "X"),
-    "str": "NAME",
-    "Path": "PATH",
-}
+METAVARS = {"int": "N", "vocabulary_size": "N", "float": "X", "str": "NAME", "Path": "PATH"}
 VERSION_HELP = "show the version of the program and exit"
 
 
@@ -125,12 +173,37 @@ EXIT_STATUS = """exit status:
   argument; 130 Ctrl-C"""
 
 
-def positive_int(text: str) -> int:
-    """Return the whole number of 1 or more that a flag was given, for argparse's `type=`."""
-    with contextlib.suppress(ValueError):
-        if int(text) >= 1:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+def checked(
+    parse: Callable[[str], Any], is_good: Callable[[Any], bool], expected: str
+) -> Callable[[str], Any]:
+    """Return a `type=` for argparse: it parses a text, and says what it expected of a bad one."""
+
+    def value(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if is_good(parse(text)):
+                return parse(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+
+    value.__name__ = parse.__name__
+    return value
+
+
+positive_int = checked(int, lambda n: n >= 1, "a whole number of 1 or more")
+natural = checked(int, lambda n: n >= 0, "a whole number of 0 or more")
+number = checked(float, lambda x: 0 <= x < math.inf, "a number of 0 or more")
+positive_number = checked(float, lambda x: 0 < x < math.inf, "a number over 0")
+fraction = checked(float, lambda x: 0 < x <= 1, "a number over 0 and at most 1")
+
+
+def text(argument: str) -> str:
+    """Return an argument as the UTF-8 text that was typed, whatever locale Python read it in.
+
+    Python keeps a byte that is no character of the locale as a surrogate (PEP 383).
+    """
+    try:
+        return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # a surrogate of another kind, from Windows
+        return argument
 
 
 def run(main: Callable[[], object]) -> None:
@@ -138,17 +211,37 @@ def run(main: Callable[[], object]) -> None:
 
     The entry points of the installed commands call it, as does `python gpt2.py`.
     """
-    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):  # None if closed
-        stream.reconfigure(errors="replace")  # a console that lacks a character prints a "?"
-    try:
-        main()
-        if sys.stdout:
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read the output, `head` say, has had enough
+    prepare_streams()
+    status = status_of(main)
+    unwritten = status_of(sys.stdout.flush)
+    if unwritten:  # the interpreter would try again at its end, and show a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    if status or unwritten:
+        sys.exit(status or unwritten)
+
+
+def prepare_streams() -> None:
+    """Let a standard stream that is closed, or lacks a character, not stand in anybody's way."""
+    if sys.stdin:
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore  # see `text`
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: what is printed vanishes
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")  # prints "?"
+
+
+def status_of(function: Callable[[], object]) -> int | str | None:
+    """Call a function; return the exit status, or the message, of the error that it ended with."""
+    try:
+        function()
+    except SystemExit as exit:
+        return exit.code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read the output, `head` say, has had enough
+        return 1
     except (ValueError, OSError, ImportError, MemoryError) as error:
         name = Path(sys.argv[0]).name.removesuffix(".exe")
-        sys.exit(f"{name}: error: {' '.join(str(error).split())}")
+        nameless = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+        return printable(f"{name}: error: {one_line(str(error)) or nameless}", sys.stderr)
+    return None

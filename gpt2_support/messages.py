@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+# What a terminal obeys: all but the tab and the line end, and what reverses the order of letters.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def preview(value: object, longest: int = 80) -> str:
@@ -14,6 +23,27 @@ def preview(value: object, longest: int = 80) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
-def info(message: str) -> None:
-    """Print a message on standard error."""
-    print(message, file=sys.stderr, flush=True)
+def printable(text: str, stream: TextIO | None) -> str:
+    """Return a text as a stream is to have it: on a terminal, control characters are escaped.
+
+    A model, a path or a server may hold some, and the terminal would obey them.
+    """
+    if stream is None or not stream.isatty():
+        return text
+    return CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def info(message: str, end: str = "\n") -> None:
+    """Print a message on standard error. If that fails, the program goes on without it."""
+    if sys.stderr:  # None if it is closed; `print` would take standard output for that
+        with contextlib.suppress(OSError, ValueError):
+            print(printable(message, sys.stderr), end=end, file=sys.stderr, flush=True)
+
+
+def write(text: str, end: str = "\n") -> None:
+    """Print text, generated say, on standard output at once. Raises OSError if that fails."""
+    try:
+        print(printable(text, sys.stdout), end=end, flush=True)
+    except OSError as error:
+        error.filename = error.filename or "standard output"
+        raise

@@ -1,9 +1,8 @@
-"""Text as it is made: prompts read, samples written, stop strings, the table of --explain."""
+"""Text as it is made: samples written, stop strings, the table of --explain."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 import unicodedata
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from gpt2_support import blas
+from gpt2_support.messages import info, write
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     import argparse
@@ -123,11 +123,12 @@ def write_samples(
     args: argparse.Namespace,
     probs: Probs | None,
     n_prompt: int,
-) -> None:
+) -> str:
     """Write samples to standard output, and what --explain and --stats ask for to standard error.
 
     A single sample is written as it is made, after the line that explains each token. Several are
-    written one after another at the end.
+    written one after another at the end. Ctrl-C ends them early, and the program unless it is
+    interactive. Returns the text of the first sample.
     """
     n, header = args.n_samples, "drawn              | most probable"
     header += " at temperature 1" * (not args.temperature)
@@ -135,38 +136,33 @@ def write_samples(
     texts: list[list[str]] = [[] for _ in range(n)]
     live = n == 1 and not probs
     timestamps: list[float] = []
-    for step in stream(steps, enc, n, args.stop, probs, timestamps):
-        for b in range(n):
-            texts[b].append(step.texts[b])
-            lines[b] += step.lines[b]
-        if live:
-            print(step.texts[0], end="", flush=True)
-        elif n == 1:
-            print_lines(lines[0])
-    if live:
-        print()
-    for b in range(0 if live else n):
-        if n > 1:
-            print(f"--- sample {b + 1} of {n} ---", file=sys.stderr, flush=True)
-        print_lines(lines[b])
-        print("".join(texts[b]), flush=True)
+    try:
+        for step in stream(steps, enc, n, args.stop, probs, timestamps):
+            for b in range(n):
+                texts[b].append(step.texts[b])
+                lines[b] += step.lines[b]
+            if live:
+                write(step.texts[0], end="")
+            elif n == 1:
+                print_lines(lines[0])
+    except KeyboardInterrupt:
+        if not args.interactive:
+            raise
+    finally:  # after Ctrl-C, what is there
+        if texts[0]:
+            write_rest([""] if live else ["".join(text) for text in texts], lines)
     if args.stats:
         print_stats(n_prompt, n, timestamps)
+    return "".join(texts[0])
 
 
-def read_prompts(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the prompts: the argument, or standard input, whole or (--interactive) line by line."""
-    if args.prompt == "-":
-        yield sys.stdin.read()
-    elif args.prompt or not args.interactive:
-        yield args.prompt
-    while args.interactive:
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        yield line.rstrip("\r\n")
+def write_rest(texts: list[str], lines: list[list[str]]) -> None:
+    """Write what is not yet written of each sample: lines of --explain, then its text."""
+    for b, text in enumerate(texts):
+        if len(texts) > 1:
+            info(f"--- sample {b + 1} of {len(texts)} ---")
+        print_lines(lines[b])
+        write(text)
 
 
 def explain(enc: Encoder, id: int, ids: ndarray, probs: ndarray) -> str:
@@ -209,19 +205,19 @@ def percent(p: float) -> str:
 def print_lines(lines: list[str]) -> None:
     """Write lines to standard error, and forget them."""
     for line in lines:
-        print(line, file=sys.stderr, flush=True)
+        info(line)
     lines.clear()
 
 
 def print_stats(n_prompt: int, n_samples: int, timestamps: list[float]) -> None:
     """Report the speed of reading the prompt and of the tokens after the first one."""
-    if len(timestamps) == 1:
-        print("no token was generated: the text was at its end", file=sys.stderr)
+    if len(timestamps) < 2:
+        info("no token was generated")
         return
     prefill, decode = timestamps[1] - timestamps[0], timestamps[-1] - timestamps[1]
     n = (len(timestamps) - 2) * n_samples
     text = f"prefill: {n_prompt} tokens in {prefill:.3f} s, {n_prompt / prefill:.1f} tokens/s"
     if n:
         text += f"; decode: {n} tokens in {decode:.3f} s, {n / decode:.1f} tokens/s"
-    print(text, file=sys.stderr)
-    print(f"BLAS: {blas.kernels()} kernels, threads: {blas.get_threads()}", file=sys.stderr)
+    info(text)
+    info(f"BLAS: {blas.kernels()} kernels, threads: {blas.get_threads()}")

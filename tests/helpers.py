@@ -48,15 +48,21 @@ def take_steps(state, loader, until=None, threads=1):
     return losses
 
 
+def text_stream(text):
+    """Return a stream of bytes in UTF-8, as standard input is."""
+    return io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8")
+
+
 def run_in_process(module, args, stdin=""):
     """Run the command of a module, `gpt2` say, as its own process would: argv, streams, status.
 
     Returns a CompletedProcess without the output, which pytest captures. A stream of standard
-    input that is not a terminal holds `stdin`. BLAS has as many threads afterwards as before.
+    input that is not a terminal holds `stdin`; it is closed if that is None. BLAS has as
+    many threads afterwards as before.
     """
     argv, threads, old = [f"{module.__name__}.py", *map(str, args)], blas.get_threads(), sys.stdin
     before, status, error = sys.argv, 0, ""
-    sys.argv, sys.stdin = argv, io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8")
+    sys.argv, sys.stdin = argv, stdin if stdin is None else text_stream(stdin)
     try:
         cli.run(module.main)
     except SystemExit as exit:

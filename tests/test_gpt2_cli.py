@@ -11,8 +11,10 @@ import pytest
 from helpers import random_params
 from scripted import ENC, EOT, TOKENS, save_model, script_model
 
+import encoder
 import gpt2
-from gpt2_support import streaming
+from gpt2_support import cli as cli_module
+from gpt2_support import gpt2_cli, streaming
 from gpt2_support.params import Config
 
 pytestmark = pytest.mark.filterwarnings("error")  # an overflow or an invalid value is a failure
@@ -39,7 +41,7 @@ def cli(capsys, monkeypatch):
     """`cli(*args, stdin="")` runs main in this process; returns standard output and error."""
 
     def command(*args, stdin=""):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin, newline=None))
         gpt2.main(list(map(str, args)))
         out, err = capsys.readouterr()
         return out, err
@@ -115,7 +117,7 @@ def test_cli_explains_each_token_on_standard_error(cat, cli):
     "flags, limits",
     [
         ("", ()),
-        ("--top_k 7 --top_p 0.9", ()),
+        ("--top_k 7 --top_p 0.9", (1.0, 7, 0.9)),
         ("--temperature 0.7", (0.7,)),
         ("--temperature 2 --top_k 3", (2.0, 3)),
         ("--temperature 1 --top_p 0.6", (1.0, None, 0.6)),
@@ -123,7 +125,7 @@ def test_cli_explains_each_token_on_standard_error(cat, cli):
     ],
 )
 def test_cli_explains_by_the_probabilities_that_it_drew_from(flags, limits, random_model, cli):
-    sampling = "--seed 2 --repetition_penalty 1.3 --n_tokens 6 " + flags
+    sampling = "--repetition_penalty 1.3 --n_tokens 6 " + flags + " --seed 2" * bool(flags)
     out, err = cli("ab", "--model", random_model, "--explain", *sampling.split())
     assert out == cli("ab", "--model", random_model, *sampling.split())[0]
     params, history = gpt2.load(random_model), ENC.encode("ab")
@@ -145,7 +147,7 @@ def test_cli_explains_by_the_probabilities_that_it_drew_from(flags, limits, rand
 
 
 def test_cli_explains_each_sample_under_its_name_and_no_further_than_its_end(cat, cli):
-    args = ("--model", cat, "--stop", "sat", "--explain")
+    args = ("--model", cat, "--stop", "sat", "--explain", "--temperature", 1)
     _, alone = cli("The cat", *args)
     n_rows = len(explained(alone))
     assert n_rows == len(ENC.encode(" sat"))
@@ -230,27 +232,34 @@ def test_cli_output_cannot_crash_a_console_of_few_characters(cat, random_model, 
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--temperature", "-1"], "argument --temperature = -1.0 is not a finite number"),
-        (["--temperature", "nan"], "argument --temperature = nan"),
-        (["--temperature", "hot"], "argument --temperature: invalid float value: 'hot'"),
-        (["--top_p", "0"], "argument --top_p = 0.0 is not over 0 and at most 1"),
-        (["--top_p", "1.5"], "argument --top_p = 1.5"),
-        (["--top_k", "0"], "argument --top_k = 0 is not 1 or more"),
-        (["--top_k", "1.5"], "argument --top_k: invalid int value: '1.5'"),
-        (["--repetition_penalty", "0"], "argument --repetition_penalty = 0.0"),
+        (["--temperature", "-1"], "argument --temperature: '-1' is not a number of 0 or more"),
+        (["--temperature", "nan"], "argument --temperature: 'nan' is not a number of 0"),
+        (["--temperature", "hot"], "argument --temperature: 'hot' is not a number of 0"),
+        (["--top_p", "0"], "argument --top_p: '0' is not a number over 0 and at most 1"),
+        (["--top_p", "1.5"], "argument --top_p: '1.5' is not"),
+        (["--top_k", "0"], "argument --top_k: '0' is not a whole number of 1 or more"),
+        (["--top_k", "1.5"], "argument --top_k: '1.5' is not a whole number"),
+        (
+            ["--repetition_penalty", "0"],
+            "argument --repetition_penalty: '0' is not a number over 0",
+        ),
         (["--n_tokens", "0"], "argument --n_tokens: '0' is not a whole number of 1 or more"),
         (["--n_tokens", "-3"], "argument --n_tokens: "),
         (["--n_tokens", "many"], "argument --n_tokens: "),
         (["--n_samples", "0"], "argument --n_samples: "),
-        (["--seed", "-1"], "argument --seed: -1 is negative"),
+        (["--seed", "-1"], "argument --seed: '-1' is not a whole number of 0 or more"),
         (["--stop", ""], "argument --stop: "),
-        (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--unknown"], "unrecognized arguments: --unknown (see"),
+        (["--ntokens", "5"], "unrecognized arguments: --ntokens 5; did you mean --n_tokens?"),
+        (["-n_tokens=5"], "unrecognized arguments: -n_tokens=5; did you mean --n_tokens?"),
+        (["--interactive", "-"], "argument --interactive: the prompt - takes all"),
+        (["--conversation"], "argument --conversation: it needs --interactive"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_cli_refuses_a_bad_argument_in_one_line(args, message, capsys):
     with pytest.raises(SystemExit) as exit:
-        gpt2.main(["x", *args])
+        gpt2.main([*["x"] * ("-" not in args), *args])
     out, err = capsys.readouterr()
     assert exit.value.code == 2
     assert out == ""
@@ -324,7 +333,8 @@ def test_cli_help_shows_defaults(capsys):
     for flag in ("--n_tokens", "--temperature", "--top_k", "--stop", "--interactive", "--stats"):
         assert flag in out
     assert "default: 40" in out
-    assert "default: 0.0" in out
+    assert "default: 0, or 1 with" in out
+    assert "size" not in out  # picoGPT's flags are taken and not shown
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error there")
@@ -399,3 +409,197 @@ def test_cli_explicit_model_never_falls_back(cli, tmp_path, monkeypatch):
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1"):
         cli("The cat", "--model", "124M", "--models_dir", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["stories"]  # no empty folder, no lock
+
+
+@pytest.mark.parametrize(
+    "words, meant",
+    [
+        (["Once", "upon", "a time"], ["Once upon a time"]),
+        (["-Hi"], ["--", "-Hi"]),
+        (["-hi there"], ["--", "-hi there"]),
+    ],
+    ids=str,
+)
+def test_cli_of_a_prompt_in_pieces_says_how_to_give_it(words, meant, call, cat):
+    done = call(gpt2, *words, "--n_tokens", 3)
+    command = cli_module.command("gpt2.py", *meant)
+    assert_fails(done, 2, f"to continue that text: {command} (see --help)")
+    assert call(gpt2, "--model", cat, "--n_tokens", 1, *meant).returncode == 0
+
+
+def test_cli_takes_dashes_and_the_flags_of_picogpt(cat, cli):
+    expected = cli("The", "--model", cat, "--n_tokens", 4)
+    assert cli("The", "--model_size", cat, "--n_tokens_to_generate", 4) == expected
+    assert cli("The", "--model", cat, "--n-tokens=4") == expected
+    args = ("--models-dir", cat.parent, "--model", "cat", "--n_tok", 4)
+    assert cli("The", *args) == expected
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """The prompts that are continued, a list that grows; each continuation is empty."""
+    texts = []
+
+    def decode(params, prompts, *args):
+        texts.append(ENC.decode(prompts[0]))
+        return ()
+
+    monkeypatch.setattr(gpt2, "decode", decode)
+    return texts
+
+
+def test_cli_leaves_the_dashes_of_a_prompt(random_model, cli, prompts):
+    for words in (["--a-b c-d"], ["--", "--a-b"], ["x", "--stop=--a-b"]):
+        cli("--model", random_model, *words)
+    assert prompts == ["--a-b c-d", "--a-b", "x"]
+
+
+@pytest.mark.parametrize(
+    "flags, temperature",
+    [
+        ("", 0.0),
+        ("--repetition_penalty 1.2", 0.0),
+        ("--top_k 3", 1.0),
+        ("--top_p 0.5", 1.0),
+        ("--seed 0", 1.0),
+        ("--n_samples 2", 1.0),
+        ("--seed 1 --temperature 0.5", 0.5),
+    ],
+)
+def test_cli_flags_of_sampling_mean_temperature_1(flags, temperature, capsys):
+    assert gpt2_cli.parse_args(flags.split()).temperature == temperature
+    assert capsys.readouterr().err == ""
+
+
+def test_cli_says_which_flags_do_nothing_at_temperature_0(cat, cli):
+    args = ("The cat", "--model", cat, "--temperature", 0, "--n_tokens", 4)
+    flags = ("--top_k", 3, "--top_p", 0.5, "--seed", 1)
+    out, err = cli(*args, *flags, "--n_samples", 2)
+    assert out == 2 * cli(*args)[0]
+    assert err.splitlines()[0] == (
+        "temperature 0 takes the most probable tokens: "
+        "--n_samples, --top_k, --top_p, --seed without effect"
+    )
+
+
+def test_cli_strips_one_line_end_of_standard_input(cat, call, prompts):
+    for end in ("", "\n", "\r\n", "\n\n", " \n"):
+        assert call(gpt2, "-", "--model", cat, stdin="The\ncat" + end).returncode == 0
+    assert prompts == ["The\ncat", "The\ncat", "The\ncat", "The\ncat\n", "The\ncat "]
+
+
+@pytest.mark.parametrize("args", [["-"], ["--interactive"], ["x", "--interactive"]], ids=str)
+def test_cli_without_standard_input_is_one_line(args, cat, call, monkeypatch):
+    done = call(gpt2, *args, "--model", cat, stdin=None)
+    assert done.returncode == 1
+    message = "gpt2.py: error: standard input is closed: there is no prompt to read\n"
+    assert done.stderr == message
+
+
+class Typist(io.StringIO):
+    """An endless text, of which it counts what is read."""
+
+    n_read = 0
+
+    def read(self, n):
+        self.n_read += n
+        return "x" * n
+
+    readline = read
+
+
+def test_cli_refuses_a_prompt_that_cannot_fit_unread(cat, monkeypatch, capsys):
+    """A token of ENC has 13 bytes at most, and n_ctx is 64."""
+    monkeypatch.setattr(sys, "stdin", Typist())
+    monkeypatch.setattr(encoder.Encoder, "encode", None)
+    for prompt in ("-", "x" * (64 * 13 + 1)):
+        with pytest.raises(SystemExit) as exit:
+            gpt2.main([prompt, "--model", str(cat)])
+        assert exit.value.code == 2
+        assert "prompt of over 832 characters exceeds n_ctx = 64" in capsys.readouterr().err
+    assert sys.stdin.n_read == 64 * 13 + 2
+
+
+def test_cli_interactive_drops_the_rest_of_a_line_that_cannot_fit(cat, cli):
+    for n in (831, 832, 833, 834, 835, 3000):
+        stdin = "x" * n + "\nThe cat\n" + "y" * n
+        out, err = cli("--interactive", "--model", cat, "--n_tokens", 4, stdin=stdin)
+        size = f"{n} tokens" if n <= 832 else "over 832 characters"
+        assert (out, err) == (" sat\n", 2 * f"prompt of {size} exceeds n_ctx = 64\n")
+
+
+def interrupt_after(monkeypatch, n):
+    """Let Ctrl-C come after n tokens of an answer, the first time."""
+    decode, left = gpt2.decode, [n]
+
+    def interrupted(*args):
+        for step in decode(*args):
+            if left and not left[0]:
+                left.clear()
+                raise KeyboardInterrupt
+            left[:] = [n - 1 for n in left]
+            yield step
+
+    monkeypatch.setattr(gpt2, "decode", interrupted)
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_cli_interrupt_ends_an_answer_and_not_the_conversation(n, cat, call, monkeypatch):
+    interrupt_after(monkeypatch, n)
+    args = ("--interactive", "--model", cat, "--n_tokens", 4, "--stats")
+    done = call(gpt2, *args, stdin="The cat\nThe cat sat\n")
+    assert done.returncode == 0
+    assert done.stdout == ["", None, None, " sa\n"][n] + " on the\n"
+
+
+def test_cli_interrupt_prints_the_samples_that_are_there(cat, call, monkeypatch):
+    interrupt_after(monkeypatch, 3)
+    done = call(gpt2, "The cat", "--model", cat, "--n_samples", 2)
+    assert (done.returncode, done.stdout) == (130, " sa\n sa\n")
+    assert done.stderr.count("sample") == 2
+    interrupt_after(monkeypatch, 3)
+    done = call(gpt2, "The cat", "--model", cat)
+    assert (done.returncode, done.stdout) == (130, " sa\n")
+
+
+def test_cli_conversation_goes_on_from_all_before_it(cat, cli, monkeypatch):
+    seen, decode = [], gpt2.decode
+
+    def recorded(params, prompts, *args):
+        seen.append(ENC.decode(prompts[0]))
+        return decode(params, prompts, *args)
+
+    monkeypatch.setattr(gpt2, "decode", recorded)
+    args = ("--conversation", "--interactive", "--model", cat, "--n_tokens", 2)
+    cli("The cat", *args, stdin="b\n" + "x" * 65 + "\n" + "c" * 55 + "\n")
+    first, second, third = seen
+    assert (first, second) == ("The cat", "The cat s\nb")
+    text = second + cli(second, *args[2:])[0] + "c" * 55
+    assert len(ENC.encode(text)) > len(ENC.encode(third)) == 64
+    assert text.endswith(third)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="arguments are Unicode there")
+def test_cli_takes_utf_8_in_an_ascii_locale(cat, cli, prompts):
+    prompt = "é€😀".encode().decode("ascii", "surrogateescape")  # as Python reads it
+    cli(prompt, "--interactive", "--model", cat, stdin=f"{prompt}\n{prompt[:1]}")
+    assert prompts == ["é€😀", "é€😀", "\ufffd"]
+    args = gpt2_cli.parse_args(["--stop", prompt, "\ud800"])
+    assert (args.stop, args.prompt) == (["é€😀"], "\ud800")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_cli_escapes_control_characters_on_a_terminal(tmp_path, cli, monkeypatch):
+    text = "a\x1b]0;b\x07\tc\n\x9b2Jd\x7f\r"
+    model = script_model(tmp_path / "model", text)
+    out, _ = cli("a", "--model", model)
+    assert out == text[1:] + "\n"
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    cli("a", "--model", model)
+    cli("a", "--model", model, "--explain", "--n_samples", 2, "--temperature", 0)
+    shown = r"\x1b]0;b\x07" + "\tc\n" + r"\x9b2Jd\x7f\r" + "\n"
+    assert terminal.getvalue() == 3 * shown
