@@ -10,28 +10,35 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from gpt2_support import cli
-from gpt2_support.files import file_hash, hold_lock, make_folders
+from gpt2_support.files import check_regular, file_hash, hold_lock, make_folders
 from gpt2_support.folders import BUNDLED_MODEL, MODELS_DIR, candidates
 from gpt2_support.formats.llmc import load_params
 from gpt2_support.formats.token_table import load_tokenizer
-from gpt2_support.http import fetch
+from gpt2_support.http import Effort, fetch
 from gpt2_support.messages import info
 from gpt2_support.weights import convert
 
 OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-OPENAI_FILES = (
-    "encoder.json",
-    "vocab.bpe",
-    "hparams.json",
-    "model.ckpt.index",
-    "model.ckpt.data-00000-of-00001",
-)
-MODEL_NAMES = ("124M", "355M", "774M", "1558M")
+DATA_FILE = "model.ckpt.data-00000-of-00001"
+MAX_BYTES = {  # a server may not send more; for the data file, see DATA_BYTES
+    "encoder.json": 1_042_301,
+    "vocab.bpe": 456_318,
+    "hparams.json": 10_000,
+    "model.ckpt.index": 100_000,
+}
+OPENAI_FILES = (*MAX_BYTES, DATA_FILE)
+DATA_BYTES = {  # of the data file of each model
+    "124M": 497_759_232,
+    "355M": 1_419_292_672,
+    "774M": 3_096_120_320,
+    "1558M": 6_230_444_800,
+}
+MODEL_NAMES = tuple(DATA_BYTES)
 MODEL_ALIASES = {
     "117M": "124M",
     "345M": "355M",
@@ -47,9 +54,7 @@ TOKENIZER_SHA256 = {  # the same for models of every size
 SHA256_124M = {  # from a secondary source: a mismatch is reported, the tensors' CRCs decide
     "hparams.json": "d9d56e4121c427164e0c55c6f03c08e1daf9002b9b672825112d19097b680318",
     "model.ckpt.index": "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
-    "model.ckpt.data-00000-of-00001": (
-        "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118"
-    ),
+    DATA_FILE: "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",
 }
 
 
@@ -116,6 +121,8 @@ def download(
     base_url = (base_url or os.environ.get("GPT2_BASE_URL") or OPENAI_URL).rstrip("/")
     folder = Path(models_dir) / name
     work, lock = folder / ".download", folder.with_name(f".{name}.lock")
+    for path in filter(os.path.lexists, (lock, folder / "model.bin", folder / "tokenizer.bin")):
+        check_regular(path)
     if find_problem(folder) is None and not work.exists() and not lock.exists():
         info(f"{folder}: already downloaded")
         return folder
@@ -127,7 +134,7 @@ def download(
         else:
             if isinstance(problem, ValueError):
                 info(f"{problem}; downloading the model again")
-            fetch_all(f"{base_url}/{name}", work, SHA256_124M if name == "124M" else {}, pause)
+            fetch_all(f"{base_url}/{name}", work, name, Effort(pause))
             convert_download(work, folder)
             if keep:
                 shutil.rmtree(folder / "openai", ignore_errors=True)
@@ -146,19 +153,20 @@ def find_problem(folder: Path) -> Exception | None:
     return None
 
 
-def fetch_all(
-    url: str, folder: Path, reported_sha256: Mapping[str, str], pause: Callable[[float], Any]
-) -> None:
+def fetch_all(url: str, folder: Path, name: str, effort: Effort) -> None:
     """Download OpenAI's files of a model into a folder; a file that is there has been verified."""
-    has_answered = False
-    for name in OPENAI_FILES:
-        path = folder / name
+    sizes = MAX_BYTES | {DATA_FILE: DATA_BYTES[name]}
+    reported_sha256 = SHA256_124M if name == "124M" else {}
+    for file_name in OPENAI_FILES:
+        path = folder / file_name
         if not path.exists():
-            fetch(f"{url}/{name}", path, TOKENIZER_SHA256.get(name), has_answered, pause)
-            has_answered = True
-        expected = reported_sha256.get(name)
+            sha256 = TOKENIZER_SHA256.get(file_name)
+            fetch(f"{url}/{file_name}", path, sizes[file_name], sha256, effort=effort)
+            effort = effort._replace(has_answered=True)
+        expected = reported_sha256.get(file_name)
         if expected and file_hash(path, "sha256").hexdigest() != expected:
-            info(f"{name}: not the file known for this model (sha256); its contents will decide")
+            unknown = "not the file known for this model (sha256)"
+            info(f"{file_name}: {unknown}; its contents will decide")
 
 
 def convert_download(work: Path, folder: Path) -> None:

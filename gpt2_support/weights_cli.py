@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,9 +55,8 @@ def add_download(commands: Commands) -> None:
     add(
         "--base_url",
         metavar="URL",
-        default=os.environ.get("GPT2_BASE_URL") or OPENAI_URL,
-        help="where NAME/encoder.json and the others lie; also set by GPT2_BASE_URL in the "
-        "environment",
+        help="where OpenAI's NAME/encoder.json and the others lie (default: GPT2_BASE_URL of the "
+        f"environment, or {OPENAI_URL})",
     )
     add("--keep", action="store_true", help="keep OpenAI's files, in models/<name>/openai")
 

@@ -133,5 +133,5 @@ def test_default_model_is_the_bundled_one_without_a_network(tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())  # neither an empty folder nor a lock
 
 
-def refuse(*args):
+def refuse(*args, **kwargs):
     raise ConnectionError("no network")

@@ -780,13 +780,13 @@ def test_download_of_any_other_name_writes_nothing(tmp_path, name):
 def test_state_of_a_download_of_any_json(tmp_path):
     """What is kept of an interrupted download is believed only if it is of the right form."""
     part = tmp_path / "x.part"
-    state = {"size": 30, "md5": "abc", "validator": '"x"'}
+    state = {"size": 30, "md5": "abc", "validator": '"x"', "sha256": "0" * 64}
     http.state_path(part).write_text(json.dumps(state), encoding="utf-8")
     assert http.read_state(part)._asdict() == state
 
     def read():
         actual = http.read_state(part)
-        for name, expected in {"size": int, "md5": str, "validator": str}.items():
+        for name, expected in {**dict.fromkeys(state, str), "size": int}.items():
             value = getattr(actual, name, None)
             assert value is None or type(value) is expected
 
