@@ -233,10 +233,12 @@ def request(source: Source, headers: dict[str, str]) -> Response:
     url, linked = source.url, dict[str, str]()
     for _ in range(MAX_REDIRECTS):
         options: Any = {"timeout": TIMEOUTS, "stream": True, "allow_redirects": False}
+        session: Any = requests.Session()
+        session.resolve_redirects = lambda *args, **kwargs: iter(())  # it would read the whole body
         try:
             is_home = urlsplit(url)[:2] == urlsplit(source.url)[:2]  # the scheme, the host and port
             auth = bearer(source.token) if source.token and is_home else None
-            response = requests.get(url, headers=headers, auth=auth, **options)
+            response = session.get(url, headers=headers, auth=auth, **options)
         except ValueError as error:
             message = "" if "@" in url else f": {preview(str(error), 400)}"
             raise BadAnswer(f"{public(url)}: not an address to download from{message}") from None
