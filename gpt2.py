@@ -449,14 +449,16 @@ def lm_head_loss(
     wte: Float[ndarray, "V C"],
     targets: Integer[ndarray, " N"],
     dwte: Float[ndarray, "V C"] | None = None,
+    n_counted: float | None = None,
 ) -> tuple[Float[ndarray, " N"], Rows | None]:
     """Cross-entropy of the logits x wte^T: x (N, C), targets (N,) -> losses (N,), dx (N, C).
 
-    With dwte, the gradient of the mean loss over all targets that count is added to it and
-    returned as dx. Works in blocks of rows, so the (N, V) logits never exist whole.
+    With dwte, the gradient of the mean loss, the sum over n_counted (by default the number of
+    targets that count), is added to it and returned as dx. Works in blocks of rows, so the (N, V)
+    logits never exist whole.
     """
     is_counted = targets != IGNORE_INDEX
-    dlosses = is_counted.astype(x.dtype) / max(int(is_counted.sum()), 1)
+    dlosses = is_counted.astype(x.dtype) / (n_counted or max(int(is_counted.sum()), 1))
     losses, dx = np.empty(len(x), x.dtype), None if dwte is None else np.empty_like(x)
     for start in range(0, len(x), LM_HEAD_ROWS):
         rows = slice(start, start + LM_HEAD_ROWS)
@@ -474,22 +476,28 @@ def token_losses(params: Params, tokens: ArrayLike, targets: ArrayLike) -> Float
 
     It is 0 where the target is -1. Raises ValueError for ids that the model cannot take.
     """
-    tokens, flat_targets = check_targets(params, tokens, targets)
+    tokens, flat_targets, _ = check_targets(params, tokens, targets)
     x = transformer(params, tokens)
     losses, _ = lm_head_loss(as_rows(x), params.wte, flat_targets)
     return losses.reshape(np.shape(targets))
 
 
 def loss_and_grads(
-    params: Params, tokens: ArrayLike, targets: ArrayLike, grads: Params | None = None
+    params: Params,
+    tokens: ArrayLike,
+    targets: ArrayLike,
+    grads: Params | None = None,
+    n_counted: float | None = None,
 ) -> tuple[float, Params]:
     """Return the mean cross-entropy in nats a token, and its gradient, a Params like `params`.
 
     tokens and targets are (T,) or (B, T); targets of -1 do not count. With `grads`, the gradient
-    is added to it, so that several batches accumulate. Raises ValueError as `forward` does, or for
-    targets of another shape, outside the vocabulary, or all -1.
+    is added to it, so that several batches accumulate. With `n_counted`, the sum of the losses is
+    divided by that, not by the number of targets that count here: so the parts of a batch add up.
+    Raises ValueError as `forward` does, or for targets of another shape, outside the vocabulary,
+    or, without n_counted, all -1.
     """
-    tokens, targets = check_targets(params, tokens, targets)
+    tokens, targets, n_counted = check_targets(params, tokens, targets, n_counted)
     grads = params.zeros_like() if grads is None else grads
     caches: Caches = {}
 
@@ -498,9 +506,9 @@ def loss_and_grads(
         return x
 
     x = transformer(params, tokens, hook=keep)
-    losses, dx = lm_head_loss(as_rows(x), params.wte, targets, grads.wte)
+    losses, dx = lm_head_loss(as_rows(x), params.wte, targets, grads.wte, n_counted)
     transformer_backward(dx.reshape(x.shape), caches, params, grads)  # type: ignore
-    return float(losses.sum(dtype=np.float64) / np.sum(targets != IGNORE_INDEX)), grads
+    return float(losses.sum(dtype=np.float64) / n_counted), grads
 
 
 # ----------------------------------------------------------------------------------------------

@@ -133,10 +133,11 @@ class TrainState:
 class DataLoader:
     """Batches of windows of T = seq_len tokens, each token with the next as its target.
 
-    Each pass over the data cuts it at another offset and takes the windows in another order (with
-    order "random"; otherwise first to last). Pass n depends on the seed and n only, so a resumed
-    run needs nothing but the number of the step. Of n ranks, `rank` reads the windows rank,
-    rank + n, ... of each batch: together they read what one alone would.
+    With order "random" each pass over the data cuts it at another offset and takes the windows in
+    another order. Otherwise each takes all of them, first to last; llm.c's loader does the same,
+    but for windows at the end that fill no batch. Pass n depends on the seed and n only, so a
+    resumed run needs nothing but the number of the step. Of n ranks, `rank` reads the windows
+    rank, rank + n, ... of each batch: together they read what one alone would.
 
     Raises ValueError if the tokens (N,) are fewer than a batch, B T + 1.
     """
@@ -149,7 +150,9 @@ class DataLoader:
                 "tokens and a last target: give more text, or a smaller --batch_size or --seq_len"
             )
         self.tokens, self.config, self.rank = tokens, config, rank
-        self.n_windows = max(1, (len(tokens) - 1) // T - 1)  # one less leaves room for the offset
+        self.n_windows = (len(tokens) - 1) // T
+        if config.order == "random":  # one less leaves room for the offset
+            self.n_windows = max(1, self.n_windows - 1)
         self._pass, self._starts = -1, np.zeros(0, int)
 
     def batches(self, step: int) -> list[Batch]:

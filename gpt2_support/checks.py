@@ -87,9 +87,12 @@ def check_cache(config: Config, kv: Cache, n_rows: int) -> None:
 
 
 def check_targets(
-    params: Params, tokens: ArrayLike, targets: ArrayLike
-) -> tuple[Integer[ndarray, "B T"], Integer[ndarray, " B*T"]]:
-    """Return tokens (B, T) and targets (B * T,), or raise ValueError with value and limit."""
+    params: Params, tokens: ArrayLike, targets: ArrayLike, n_counted: float | None = None
+) -> tuple[Integer[ndarray, "B T"], Integer[ndarray, " B*T"], float]:
+    """Return tokens (B, T), targets (B * T,) and, unless it is given, how many targets count.
+
+    Raises ValueError with value and limit.
+    """
     tokens, shape = check_tokens(params, tokens), np.shape(tokens)
     n_vocab = params.config.n_vocab
     targets = np.asarray(targets)
@@ -99,9 +102,10 @@ def check_targets(
     if low < IGNORE_INDEX or high >= n_vocab:
         bad = low if low < IGNORE_INDEX else high
         raise ValueError(f"target {bad} is outside the vocabulary of {n_vocab}")
-    if (targets == IGNORE_INDEX).all():
+    n_counted = n_counted or int(np.count_nonzero(targets != IGNORE_INDEX))
+    if not n_counted:
         raise ValueError("every target is -1: there is no loss to take the mean of")
-    return tokens, targets.ravel()
+    return tokens, targets.ravel(), n_counted
 
 
 def check_prompts(

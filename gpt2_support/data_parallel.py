@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpt2_support import blas
+from gpt2_support.checks import IGNORE_INDEX
 from gpt2_support.distributed import ProcessGroup
 from gpt2_support.params import Config, Params, parameter_shapes
 
@@ -53,25 +54,39 @@ class DataParallel:
         self.pool = ThreadPoolExecutor(self.n_elementwise)
 
     def loss_and_grads(self, params: Params, batches: Iterable[Batch]) -> tuple[float, Params]:
-        """Return the loss and the gradient, means over the batches of all ranks.
+        """Return the loss and the gradient, means over the targets that count, of all ranks.
 
-        `batches` are this rank's. The gradient is overwritten by the next call.
+        `batches` are this rank's. The gradient is overwritten by the next call. Raises ValueError
+        if every target of every batch is -1.
         """
         batches = list(batches)
+        n_parts = len(batches) * self.n_threads
+        n_all_parts = n_parts * self.group.size
+        n_counted = self._count_targets(batches) / n_all_parts  # of a part, on average
 
         def add_gradients(i: int, n: int) -> list[float]:  # of the rows i, i + n, ... of each batch
             grads = self.grads[i]
             grads.flat[...] = 0
             with np.errstate(all="ignore"):  # train_step tells when the result is not finite
                 return [
-                    self._loss_and_grads(params, tokens[i::n], targets[i::n], grads)[0]
+                    self._loss_and_grads(params, tokens[i::n], targets[i::n], grads, n_counted)[0]
                     for tokens, targets in batches
+                    if i < len(tokens)
                 ]
 
         with blas_threads(params.config, self.n_threads):
             losses = np.concatenate(self._in_threads(add_gradients, self.n_threads))
-        self._sum_grads(1 / (len(batches) * self.n_threads * self.group.size))
-        return float(np.mean(self.group.all_gather(losses.mean()))), self.grads[0]
+        self._sum_grads(1 / n_all_parts)
+        loss = np.mean(self.group.all_gather(losses.sum() / n_parts))
+        return float(loss), self.grads[0]
+
+    def _count_targets(self, batches: list[Batch]) -> int:
+        """Return how many targets count, on all ranks."""
+        here = sum(int(np.count_nonzero(targets != IGNORE_INDEX)) for _, targets in batches)
+        total = sum(self.group.all_gather(here))
+        if total == 0:
+            raise ValueError("every target is -1: there is no loss to take the mean of")
+        return total
 
     def _sum_grads(self, weight: float) -> None:
         """Add up the gradients of all threads and ranks, times `weight`, in the first thread's."""

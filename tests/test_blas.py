@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
@@ -16,6 +18,7 @@ flags\t\t: fpu avx2 avx512f avx512dq avx512cd avx512bw avx512vl avx512_bf16
 
 processor\t: 1
 """
+CPU = ZEN_5.partition("processor\t: 1")[0]
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,13 @@ processor\t: 1
         (("avx512vl", ""), None, None),
         ((ZEN_5, "no such lines"), None, None),
         ((ZEN_5, ""), None, None),
+        ((ZEN_5, CPU + CPU.replace("26", "6") + "flags\t\t: fpu av"), None, "SKYLAKEX"),
+        ((ZEN_5, CPU * 90), None, "SKYLAKEX"),
+        (("cpu family\t: 26\n", ""), None, None),
+        (("cpu family\t: 26", "cpu family\t:"), None, None),
+        (("vendor_id\t: AuthenticAMD\n", ""), None, None),
+        ((CPU, CPU.partition("flags")[0]), None, None),
+        (("flags\t\t: ", "flags"), None, None),
     ],
 )
 def test_blas_kernels_are_chosen_for_a_cpu_that_openblas_does_not_know(
@@ -111,6 +121,49 @@ def test_one_blas_thread_is_for_the_block_only():
         assert blas.get_threads() == 1
         raise KeyError
     assert blas.get_threads() == before
+
+
+@pytest.fixture
+def blas_threads(monkeypatch):
+    """The numbers of threads that a BLAS of 4 has had, the last one now."""
+    threads = [4]
+    monkeypatch.setattr(blas, "get_threads", lambda: threads[-1])
+    monkeypatch.setattr(blas, "set_threads", threads.append)
+    return threads
+
+
+def test_one_blas_thread_ends_with_the_last_of_two_blocks(blas_threads):
+    first, second = blas.one_thread(), blas.one_thread()
+    with second:
+        first.__enter__()
+        with blas.one_thread():
+            first.__exit__(None, None, None)
+        assert blas_threads[-1] == 1
+    assert blas_threads == [4, 1, 4]
+    with first:
+        assert blas_threads[-1] == 1
+    assert blas_threads[-1] == 4
+
+
+def test_one_blas_thread_in_many_threads_at_once_leaves_as_many_as_before(
+    monkeypatch, blas_threads
+):
+    seen = set()
+
+    def enter_often(_):
+        for _ in range(20):
+            with blas.one_thread():
+                time.sleep(1e-5)
+                seen.add(blas_threads[-1])
+
+    def set_slowly(n):
+        time.sleep(1e-5)  # so that another thread comes in between
+        blas_threads.append(n)
+
+    monkeypatch.setattr(blas, "set_threads", set_slowly)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(enter_often, range(8)))
+    assert (blas_threads[-1], seen) == (4, {1})
 
 
 def test_another_blas_has_one_thread_and_unknown_kernels(monkeypatch):

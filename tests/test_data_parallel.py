@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import TINY
+from helpers import TINY, random_params
 
 import gpt2
 import train
@@ -71,3 +71,90 @@ def test_adamw_in_shards_is_the_whole_bit_for_bit(monkeypatch, n, block):
     for name in ("m", "v"):
         joined = np.concatenate([getattr(optimizer, name) for optimizer in optimizers])
         assert (joined == getattr(one, name)).all()
+
+
+IGNORED = {  # rows of targets, and which of them do not count
+    "none": [],
+    "some": [(0, slice(2, 8)), (3, slice(0, 5)), (6, slice(7, 8))],
+    "a row": [(2, slice(0, 8)), (5, slice(1, 3))],
+    "all but one": [(slice(0, 8), slice(0, 8))],
+}
+
+
+def ignore_targets(case, dtype=np.int64):
+    """Return tokens and targets (8, 8) of a random text, some of the targets -1."""
+    tokens, targets = np.random.default_rng(0).integers(TINY.n_vocab, size=(2, 8, 8)).astype(dtype)
+    for rows, columns in IGNORED[case]:
+        targets[rows, columns] = -1
+    if case == "all but one":
+        targets[6, 3] = 5
+    return tokens, targets
+
+
+def share(params, batches, n_threads, **options):
+    """Return loss and gradient (a copy) of batches that n_threads share."""
+    workers = data_parallel.DataParallel(gpt2.loss_and_grads, params, n_threads, **options)
+    loss, grads = workers.loss_and_grads(params, batches)
+    return loss, grads.flat.copy()
+
+
+def assert_same(actual, expected):
+    """Equal to the rounding of float64."""
+    assert actual[0] == pytest.approx(expected[0], rel=1e-13)
+    largest = np.abs(expected[1]).max()
+    np.testing.assert_allclose(actual[1], expected[1], rtol=0, atol=1e-13 * largest)
+
+
+@pytest.mark.parametrize("case", IGNORED)
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 4, 8, 12])
+@pytest.mark.parametrize("n_batches", [1, 2, 4])
+def test_loss_and_gradient_do_not_depend_on_who_shares_the_targets(case, n_threads, n_batches):
+    """Threads may have unequal rows, or none; a thread or a batch may have no target."""
+    params = random_params(TINY)
+    tokens, targets = ignore_targets(case)
+    loss, grads = gpt2.loss_and_grads(params, tokens, targets)
+    parts = (np.split(array, n_batches) for array in (tokens, targets))
+    actual = share(params, list(zip(*parts, strict=True)), n_threads)
+    assert_same(actual, (loss, grads.flat))
+
+
+@pytest.mark.parametrize("case", IGNORED)
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_loss_and_gradient_do_not_depend_on_the_ranks(case, n_ranks):
+    params = random_params(TINY)
+    tokens, targets = ignore_targets(case)
+    loss, grads = gpt2.loss_and_grads(params, tokens, targets)
+    n_targets = np.count_nonzero(targets != -1)
+    losses, total = [], np.zeros_like(params.flat)
+    for rank in range(n_ranks):
+        group = ProcessGroup()
+        group.size = n_ranks
+
+        def gather(value):
+            if type(value) is int:  # the number of targets of this rank
+                return [n_targets] + [0] * (n_ranks - 1)
+            losses.append(value)
+            return [value]
+
+        group.all_gather = gather
+        batch = tokens[rank::n_ranks], targets[rank::n_ranks]
+        total += share(params, [batch], 2, group=group)[1]
+    assert_same((np.mean(losses), total), (loss, grads.flat))
+
+
+def test_loss_of_equal_parts_has_the_bits_of_the_mean_of_their_means():
+    """So a run without ignored targets goes on as it began with an older version."""
+    params = random_params(TINY, np.float32)
+    tokens, targets = ignore_targets("none")
+    loss, flat = share(params, [(tokens, targets)], 2)
+    parts = [gpt2.loss_and_grads(params, tokens[i::2], targets[i::2]) for i in range(2)]
+    assert loss == np.mean([part for part, _ in parts])
+    assert (flat == (parts[0][1].flat + parts[1][1].flat) * 0.5).all()
+
+
+def test_batches_without_any_target_are_refused():
+    params, (tokens, targets) = random_params(TINY), ignore_targets("none")
+    targets[...] = -1
+    for n_threads in (1, 2):
+        with pytest.raises(ValueError, match="every target is -1"):
+            share(params, [(tokens, targets)] * 2, n_threads)

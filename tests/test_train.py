@@ -130,11 +130,63 @@ def test_data_loader_batch_depends_on_number_only():
 
 
 def test_data_loader_sequential_goes_through_the_data():
-    tokens = np.arange(100, dtype=np.uint16)
+    tokens = np.arange(101, dtype=np.uint16)
     data = train.DataLoader(tokens, make_config(batch_size=2, seq_len=5, order="sequential"))
     assert data.batch(0)[0].tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     assert data.batch(1)[0][0, 0] == 10
-    assert data.batch(9)[0].tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]  # the second pass
+    assert data.batch(9)[1][1].tolist() == [96, 97, 98, 99, 100]
+    assert data.batch(10)[0].tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]  # the second pass
+
+
+def llmc_windows(n_tokens, B, T, n_batches):
+    """Return the starts of the windows that llm.c's dataloader_next_batch gives, (B,) a batch."""
+    n_batches_of_data = (2 * n_tokens - 2) // (2 * B * T)
+    starts, current = [], 0
+    for _ in range(n_batches):
+        if current >= n_batches_of_data:
+            current = 0
+        starts.append([(current * B + row) * T for row in range(B)])
+        current += 1
+    return starts
+
+
+@pytest.mark.parametrize("n_tokens", [2 * 5 + 1, 99, 100, 101, 105, 106, 20 * 5 + 1])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_data_loader_sequential_is_that_of_llmc(n_tokens, batch_size):
+    config = make_config(batch_size=batch_size, seq_len=5, order="sequential")
+    data = train.DataLoader(np.arange(n_tokens, dtype=np.uint16), config)
+    assert data.n_windows == (n_tokens - 1) // 5
+    if data.n_windows % batch_size:  # llm.c leaves out the windows that fill no batch
+        return
+    for number, starts in enumerate(llmc_windows(n_tokens, batch_size, 5, 45)):
+        x, y = data.batch(number)
+        assert x[:, 0].tolist() == starts
+        assert (y == x + 1).all()
+
+
+@pytest.mark.parametrize("n_tokens", [2 * 5 + 1, 24, 57, 101])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_data_loader_sequential_takes_every_window_once_a_pass(n_tokens, batch_size):
+    config = make_config(batch_size=batch_size, seq_len=5, order="sequential")
+    data = train.DataLoader(np.arange(n_tokens, dtype=np.uint16), config)
+    n = (n_tokens - 1) // 5
+    firsts = [int(first) for number in range(3 * n) for first in data.batch(number)[0][:, 0]]
+    expected = list(range(0, 5 * n, 5))
+    assert firsts == expected * (3 * batch_size)
+
+
+@pytest.mark.parametrize("n_tokens", [2 * 5 + 1, 24, 57, 101])
+def test_data_loader_random_is_that_of_older_checkpoints(n_tokens):
+    """The windows of a step never change, so that any run goes on as it began."""
+    data = train.DataLoader(np.arange(n_tokens, dtype=np.uint16), make_config(seq_len=5, seed=3))
+    n, expected = max(1, (n_tokens - 1) // 5 - 1), []
+    for n_pass in range(6):
+        rng, starts = np.random.default_rng([3, n_pass]), np.arange(n) * 5
+        starts += rng.integers(n_tokens - 5 * n)
+        rng.shuffle(starts)
+        expected += starts.tolist()
+    actual = [int(first) for number in range(3 * n) for first in data.batch(number)[0][:, 0]]
+    assert actual == expected
 
 
 def test_data_loader_refuse_data_shorter_than_a_batch():
@@ -291,7 +343,6 @@ def test_training_overfits_one_batch():
         replace(TINY, n_embd=32), steps=300, batch_size=4, seq_len=8, order="sequential", **rates
     )
     loader = train.DataLoader(uint16_tokens(4 * 8 + 1), state.config)
-    loader.n_windows = 4  # every window of this batch, in the same places each pass
     losses = take_steps(state, loader)
     assert losses[0] > 5
     assert losses[-1] < 0.01
