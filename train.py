@@ -333,7 +333,9 @@ def evaluate(
 # Checkpoints, and the loop
 
 
-def save_checkpoint(folder: Path, state: TrainState, group: ProcessGroup | None = None) -> None:
+def save_checkpoint(
+    folder: str | Path, state: TrainState, group: ProcessGroup | None = None
+) -> None:
     """Write model.bin, for everyone, and state.npz, from which a run goes on, each atomically.
 
     state.npz holds the parameters too: whenever the process dies, it is of one step throughout.
@@ -349,7 +351,7 @@ def save_checkpoint(folder: Path, state: TrainState, group: ProcessGroup | None 
             pass
         return
     checkpoint.save_state(folder, meta, arrays, params.flat.size)
-    llmc.save_params(folder / "model.bin", params)
+    llmc.save_params(Path(folder, "model.bin"), params)
 
 
 def load_checkpoint(folder: str | Path, group: ProcessGroup | None = None) -> TrainState:

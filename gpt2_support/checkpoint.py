@@ -35,12 +35,14 @@ BEST_LOSS = "val_loss.json"
 MAY_BE_ZERO = ("warmup", "seed")  # the other whole numbers among the settings are 1 or more
 
 
-def save_state(folder: Path, meta: dict, arrays: Mapping[str, Iterable[ndarray]], n: int) -> None:
+def save_state(
+    folder: str | Path, meta: dict, arrays: Mapping[str, Iterable[ndarray]], n: int
+) -> None:
     """Write state.npz: `meta` as JSON, and float32 arrays (n,), each given as consecutive shards.
 
     Shards are written one by one, so that they never need to be in memory all at once.
     """
-    with atomic_write(folder / STATE) as file:
+    with atomic_write(Path(folder, STATE)) as file:
         write_npz(file, json.dumps(meta), arrays, n)
 
 

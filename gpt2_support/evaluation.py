@@ -52,7 +52,9 @@ class Windows:
     """Batches of windows of seq_len tokens, one every `stride` (by default, and at most, seq_len).
 
     Each of the N - 1 tokens after the first is a target once, in the first window that reaches it:
-    a smaller stride gives it more context, and takes more time. `ignore` marks all other targets.
+    a smaller stride gives it more context, and takes more time. A window has seq_len + 1 tokens
+    with the last target: the usual recipe for perplexity, whose windows of L tokens give a loss to
+    L - 1 of them, is seq_len = L - 1 here. `ignore` marks all other targets.
     Raises ValueError if there are not two tokens, or for a stride outside 1 to seq_len.
     """
 

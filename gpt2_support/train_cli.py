@@ -157,7 +157,13 @@ def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentPa
         ("prompt", None, "beginning of the samples (default: none, they begin a text)"),
     )
     group = add_group(
-        "evaluation", ("stride", positive, "tokens between windows (default: --seq_len)")
+        "evaluation",
+        (
+            "stride",
+            positive,
+            "tokens between windows (default: --seq_len). The usual perplexity in "
+            "windows of L tokens is --seq_len L-1 here: the last target is not counted",
+        ),
     )
     group.add_argument(
         "--eval_only", action="store_true", help="only print how well --init predicts --data"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import TEXT, TINY
+from helpers import TEXT, TINY, random_params
 
 import encoder
 import gpt2
@@ -67,6 +67,27 @@ def test_evaluate_without_end_of_text_counts_all_bytes():
     params = Params(replace(TINY, n_vocab=259))
     result = train.evaluate(params, tokens, datasets.token_lengths(enc), 4)
     assert result.n_bytes == len("one fish two") - len(enc.tokens[tokens[0]])
+
+
+@pytest.mark.parametrize("stride", [1, 3, 7])
+@pytest.mark.parametrize("n", [5, 8, 9, 30])
+def test_evaluate_is_the_usual_perplexity_with_windows_one_token_shorter(n, stride):
+    """That of Hugging Face's guide to perplexity: a label is the id itself, -100 does not count."""
+    params, tokens, length = random_params(TINY), uint16_tokens(n), TINY.n_ctx
+    nats, previous_end = [], 0
+    for begin in range(0, n, stride):
+        end = min(begin + length, n)
+        ids = tokens[begin:end].astype(int)
+        labels = ids.copy()
+        labels[: -(end - previous_end)] = -100
+        losses = gpt2.token_losses(params, ids[:-1], ids[1:])
+        nats += losses[labels[1:] != -100].tolist()
+        previous_end = end
+        if end == n:
+            break
+    result = train.evaluate(params, tokens, np.ones(260, int), length - 1, stride)
+    assert result.n_tokens == len(nats)
+    assert result.nats == pytest.approx(sum(nats), rel=1e-15 * n)
 
 
 @pytest.mark.parametrize("stride", [0, -1, 9])

@@ -362,6 +362,12 @@ def same_state(one, two):
     )
 
 
+def test_checkpoint_folder_may_be_a_str(tmp_path):
+    state = make_state()
+    train.save_checkpoint(str(tmp_path / "run"), state)
+    assert same_state(train.load_checkpoint(str(tmp_path / "run")), state)
+
+
 def test_training_resumes_bit_for_bit(tmp_path):
     whole, half = (make_state(steps=8, grad_accum=2) for _ in range(2))
     loader = train.DataLoader(uint16_tokens(300), whole.config)
