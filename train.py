@@ -30,7 +30,7 @@ import encoder
 import gpt2
 from gpt2_support import checkpoint, cli, corpus, datasets, hub, run_folder, train_cli
 from gpt2_support.checks import check_tokenizer, check_writable
-from gpt2_support.data_parallel import DataParallel, decay_blocks, serial
+from gpt2_support.data_parallel import DataParallel, decay_blocks, fastest, serial
 from gpt2_support.distributed import ProcessGroup, init_process_group
 from gpt2_support.evaluation import Evaluation, Windows, sum_losses
 from gpt2_support.formats import llmc
@@ -535,9 +535,10 @@ def train_command(args: Namespace) -> None:
     datasets.check_validation(val_tokens)
     ids = np.array([*data.values()])
     group.check_same(data=ids, parameters=params.flat, step=np.array(state.step))
-    workers = DataParallel(gpt2.loss_and_grads, params, config.threads, group)
-    seconds = workers.time_step(params, loader.batch(0)) * config.grad_accum
-    train_cli.describe(state, len(tokens), seconds, gpt2.LM_HEAD_ROWS)
+    counts = train_cli.choose_threads(args, config, params.config.n_embd)
+    workers, seconds = fastest(gpt2.loss_and_grads, params, loader.batch(0), counts, group)
+    config.threads = workers.n_threads
+    train_cli.describe(state, len(tokens), seconds * config.grad_accum, gpt2.LM_HEAD_ROWS)
     train(state, loader, val_tokens[: config.eval_tokens], enc, out, workers)
     if state.step < config.steps:
         train_cli.say_stopped(state.step, args)

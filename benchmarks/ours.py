@@ -20,7 +20,7 @@ import encoder
 import train
 import worker
 from gpt2_support import files
-from gpt2_support.data_parallel import DataParallel
+from gpt2_support.data_parallel import DataParallel, fastest, thread_counts
 from gpt2_support.formats import llmc, token_table
 from gpt2_support.params import Config, Params
 from worker import Task
@@ -66,8 +66,8 @@ def step(job):
     loaded = gpt2.load(job.folder / job.model)
     params = loaded.copy()
     state, losses = train.TrainState(params, settings(job, params.config)), []
-    workers = DataParallel(gpt2.loss_and_grads, params, state.config.threads)
     batch = worker.random_batch(job, params.config.n_vocab)
+    workers = choose_workers(job, state, batch)
     return Task(
         lambda: losses.append(train.train_step(state, [batch], workers)[0]),
         check=lambda: losses[:2],
@@ -75,14 +75,20 @@ def step(job):
 
 
 def settings(job, model, steps=1, lr=worker.LR, **more):
-    """Return the TrainConfig that train.py chooses for a batch B x T, on job.threads threads."""
+    """Return the TrainConfig that train.py chooses for a batch B x T."""
     flags = {"batch_size": job.B, "seq_len": job.T, "steps": steps, "lr": lr, "min_lr": lr}
     flags |= {"data": "none", "warmup": 0, **more}
     argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    config = train.make_config(train.parse_args(argv), model)
-    allowed = min(config.threads, job.threads)
-    config.threads = max(n for n in range(1, allowed + 1) if job.B % n == 0)
-    return config
+    return train.make_config(train.parse_args(argv), model)
+
+
+def choose_workers(job, state, batch):
+    """Return the threads that train.py chooses for a run, job.threads at most."""
+    config = state.config
+    counts = thread_counts(job.B, job.T, state.params.config.n_embd, job.threads)
+    workers, _ = fastest(gpt2.loss_and_grads, state.params, batch, counts)
+    config.threads = workers.n_threads
+    return workers
 
 
 def adamw(job):
@@ -91,7 +97,7 @@ def adamw(job):
     params = params.copy()
     grads = Params(params.config, np.full_like(params.flat, 1e-3))
     chosen, optimizer = settings(job, params.config), train.AdamW(params)
-    workers = DataParallel(gpt2.loss_and_grads, params, chosen.threads)
+    workers = DataParallel(gpt2.loss_and_grads, params)
     steps = iter(range(1, 1 << 30))
 
     def work():
@@ -109,7 +115,7 @@ def names(job):
         losses.clear()
         state = train.TrainState(train.init_params(config), settings(job, config, n_steps, job.lr))
         loader = train.DataLoader(tokens, state.config)
-        workers = DataParallel(gpt2.loss_and_grads, state.params, state.config.threads)
+        workers = choose_workers(job, state, loader.batch(0))
         start = time.perf_counter()
         while state.step < n_steps:
             losses.append(train.train_step(state, loader.batches(state.step), workers)[0])
@@ -128,7 +134,7 @@ def recipe(job):
         params = start.copy()
         run = train.TrainState(params, settings(job, params.config, n_steps, **worker.RECIPE))
         loader = train.DataLoader(tokens[:n], run.config)
-        workers = DataParallel(gpt2.loss_and_grads, params, run.config.threads)
+        workers = choose_workers(job, run, loader.batch(0))
         begin = time.perf_counter()
         while run.step < n_steps:
             train.train_step(run, loader.batches(run.step), workers)

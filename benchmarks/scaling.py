@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpt2_support.params import Config, n_params
 from gpt2_support import cli
-from gpt2_support.data_parallel import DataParallel, choose_threads
+from gpt2_support.data_parallel import DataParallel, fastest, thread_counts
 from gpt2_support.distributed import init_process_group
 
 # isort: on
@@ -147,22 +147,23 @@ def set_up(args, group):
     """Return a new run, a loader of random tokens, and the threads of this rank."""
     model = CONFIGS[args.model]
     n_rows = args.batch_size // group.size
-    threads = args.threads or choose_threads(n_rows, args.seq_len, model.n_embd, group.n_cores)
-    if args.batch_size % group.size or n_rows % threads:
+    if args.batch_size % group.size or n_rows % (args.threads or 1):
         raise ValueError(
             f"--batch_size {args.batch_size} is not shared equally by {group.size} ranks of "
-            f"{threads} threads"
+            f"{args.threads or 1} threads"
         )
-    config = train.TrainConfig(
-        batch_size=args.batch_size, seq_len=args.seq_len, ranks=group.size, threads=threads
-    )
+    config = train.TrainConfig(batch_size=args.batch_size, seq_len=args.seq_len, ranks=group.size)
     params = train.init_params(model)
     shard = group.shard(params.flat.size) if args.shard else None
     state = train.TrainState(params, config, optimizer=train.AdamW(params, shard))
     n_tokens = (args.steps + 2) * args.batch_size * args.seq_len
     tokens = np.random.default_rng(0).integers(0, model.n_vocab, n_tokens).astype(np.uint16)
-    workers = DataParallel(gpt2.loss_and_grads, params, threads, group)
-    return state, train.DataLoader(tokens, config, group.rank), workers
+    loader, counts = train.DataLoader(tokens, config, group.rank), [args.threads]
+    if not args.threads:
+        counts = thread_counts(n_rows, args.seq_len, model.n_embd, group.n_cores)
+    workers, _ = fastest(gpt2.loss_and_grads, params, loader.batch(0), counts, group)
+    config.threads = workers.n_threads
+    return state, loader, workers
 
 
 def clock(group, work):

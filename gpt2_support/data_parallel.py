@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -110,19 +111,46 @@ class DataParallel:
             return serial(work)
         return list(self.pool.map(work, range(n), [n] * n))
 
-    def time_step(self, params: Params, batch: Batch) -> float:
+    def time_batch(self, params: Params, batch: Batch) -> float:
         """Return the seconds that loss and gradient of a batch take on the slowest rank."""
-        for _ in range(2):  # the first also fetches memory and wakes threads
+
+        def seconds() -> float:
             start = time.perf_counter()
             self.loss_and_grads(params, [batch])
-            seconds = max(self.group.all_gather(time.perf_counter() - start))
-            if seconds > 2:
-                break
-        return seconds
+            return max(self.group.all_gather(time.perf_counter() - start))
+
+        first = seconds()  # this also fetches memory and wakes threads
+        if first > 2:
+            return first
+        return statistics.median(seconds() for _ in range(5 if first < 0.2 else 1))
+
+
+def fastest(
+    loss_and_grads: LossAndGrads,
+    params: Params,
+    batch: Batch,
+    thread_counts: Iterable[int],
+    group: ProcessGroup | None = None,
+) -> tuple[DataParallel, float]:
+    """Return the threads that are fastest on a batch, and the seconds that they take.
+
+    Counts are tried as they come, up to the first that is slower than the one before: each thread
+    has a gradient of its own, which costs memory, and time to add up.
+    """
+    best: tuple[DataParallel, float] | None = None
+    for n_threads in thread_counts:
+        workers = DataParallel(loss_and_grads, params, n_threads, group)
+        seconds = workers.time_batch(params, batch)
+        if best and seconds > best[1]:
+            break
+        best = workers, seconds
+    assert best, "thread_counts is empty"
+    return best
 
 
 BLOCK = 1 << 18  # values: few enough for the cache, but so many that threads do not wait for
 # Python's lock, which each holds between two operations
+WORTH_THREADS = 1 << 15  # values of an activation of a batch
 
 
 def decay_blocks(config: Config, shard: slice) -> list[tuple[slice, bool]]:
@@ -161,13 +189,11 @@ def blas_threads(config: Config, n_threads: int = 1) -> AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def choose_threads(n_rows: int, seq_len: int, n_embd: int, n_cores: int) -> int:
-    """Return how many threads should share a batch: as many as there are cores and work for.
+def thread_counts(n_rows: int, seq_len: int, n_embd: int, n_cores: int) -> list[int]:
+    """Return how many threads may share a batch equally: those that divide its rows.
 
-    On few tokens they would only wait for Python's lock. In a wide model each would compute less
-    than it costs to add up the gradients, one a thread, of all parameters.
+    On very few tokens they would only wait for Python's lock: there it is one.
     """
-    n_tokens = n_rows * seq_len
-    if n_tokens * n_embd < 1 << 17 or (n_tokens < 1024 and n_embd >= 256):
-        return 1
-    return max(n for n in range(1, n_cores + 1) if n_rows % n == 0)
+    if n_rows * seq_len * n_embd < WORTH_THREADS:
+        return [1]
+    return [n for n in range(1, n_cores + 1) if n_rows % n == 0]

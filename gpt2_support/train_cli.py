@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2_support import cli, folders, hub, run_folder
-from gpt2_support.data_parallel import choose_threads
+from gpt2_support.data_parallel import thread_counts
 from gpt2_support.messages import info
 from gpt2_support.params import Config, named_shapes
 
@@ -137,7 +137,7 @@ def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentPa
         ("weight_decay", number, "AdamW: decay of the matrices"),
         ("grad_clip", number, "the largest norm of the gradient"),
         ("threads", positive, "threads that share a batch; the last bits depend on their number "
-         "(default: as many as help a model of this size)"),
+         "(default: the fastest, measured)"),
         ("seed", natural, "decides the first weights, the order of the data, the samples"),
     )  # fmt: skip
     tuned = ", ".join(f"{name} {value}" for name, value in FINE_TUNING.items())
@@ -199,28 +199,35 @@ def fit_to_model(args: Namespace, model: Config) -> dict[str, Any]:
     seq_len = args.seq_len or (n_ctx if args.init == "scratch" else min(n_ctx, 256))
     if seq_len > n_ctx:
         raise ValueError(f"--seq_len {seq_len} exceeds n_ctx = {n_ctx}")
-    threads = divide_batch(args, seq_len, model.n_embd)
+    check_division(args)
     lr = 0.5 / model.n_embd if args.lr is None else args.lr  # 0.03 for 16 channels, 6.5e-4 for 768
     min_lr = lr / 10 if args.min_lr is None else args.min_lr
     paths = {"data": args.data, "val_data": args.val_data}
     return {
         **{name: path and str(path.resolve()) for name, path in paths.items()},
         **{"seq_len": seq_len, "lr": lr, "min_lr": min_lr},
-        **{"ranks": group.size, "threads": threads},
+        **{"ranks": group.size, "threads": args.threads or 1},
     }
 
 
-def divide_batch(args: Namespace, seq_len: int, n_embd: int) -> int:
-    """Return the threads of each rank; raises ValueError if they cannot share a batch equally."""
-    group, batch_size = args.group, args.batch_size
-    if batch_size % group.size:
-        raise ValueError(f"{group.size} ranks cannot share --batch_size {batch_size} equally")
-    n_rows = batch_size // group.size
-    threads = args.threads or choose_threads(n_rows, seq_len, n_embd, group.n_cores)
-    if n_rows % threads:
-        among = f" / {group.size} ranks" if group.size > 1 else ""
-        raise ValueError(f"--threads {threads} does not divide --batch_size {batch_size}{among}")
-    return threads
+def check_division(args: Namespace) -> None:
+    """Raise ValueError if ranks and threads cannot share a batch equally."""
+    batch_size, size = args.batch_size, args.group.size
+    if batch_size % size:
+        raise ValueError(f"{size} ranks cannot share --batch_size {batch_size} equally")
+    if batch_size // size % (args.threads or 1):
+        among = f" / {size} ranks" if size > 1 else ""
+        raise ValueError(
+            f"--threads {args.threads} does not divide --batch_size {batch_size}{among}"
+        )
+
+
+def choose_threads(args: Namespace, config: Any, n_embd: int) -> list[int]:
+    """Return the numbers of threads to try: that of --threads, or of the run that goes on."""
+    if args.threads:
+        return [args.threads]
+    n_rows = config.batch_size // config.ranks
+    return thread_counts(n_rows, config.seq_len, n_embd, args.group.n_cores)
 
 
 def describe(state: Any, n_tokens: int, seconds: float, head_rows: int) -> None:
@@ -232,14 +239,14 @@ def describe(state: Any, n_tokens: int, seconds: float, head_rows: int) -> None:
     steps = config.steps - state.step
     n_passes = steps * config.tokens_per_step / n_tokens
     ranks, threads = config.ranks, config.threads
-    who = f" in each of {ranks} ranks, threads: {threads}" if ranks > 1 else ""
+    who = f" in each of {ranks} ranks" if ranks > 1 else ""
     n_params = sum(math.prod(shape) for _, shape in named_shapes(model))
     info(
         f"{n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} "
         f"channels, {model.n_ctx} tokens of context, a vocabulary of {model.n_vocab}\n"
         f"{steps} steps of {config.tokens_per_step} tokens, {n_passes:.1f} passes over {n_tokens}, "
         f"at a learning rate of {config.lr:.2g}: about {steps * seconds / 60:.1f} minutes and "
-        f"{memory(state, n_params, head_rows) / 1e6:.0f} MB of memory{who}"
+        f"{memory(state, n_params, head_rows) / 1e6:.0f} MB of memory{who}, threads: {threads}"
     )
 
 

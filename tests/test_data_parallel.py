@@ -34,18 +34,49 @@ def test_parallel_shares_the_elementwise_work_on_large_buffers(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "n_rows, seq_len, n_embd, n_cores, n_threads",
+    "n_rows, seq_len, n_embd, n_cores, counts",
     [
-        (16, 256, 216, 2, 2),
-        (16, 256, 216, 1, 1),
-        (3, 256, 216, 2, 1),
-        (4, 64, 768, 2, 1),
-        (8, 16, 64, 2, 1),
-        (12, 1024, 768, 8, 6),
+        (16, 256, 216, 2, [1, 2]),
+        (16, 256, 216, 1, [1]),
+        (3, 256, 216, 2, [1]),
+        (12, 64, 128, 2, [1, 2]),
+        (12, 1024, 768, 8, [1, 2, 3, 4, 6]),
+        (32, 16, 16, 2, [1]),
     ],
 )
-def test_choose_threads_gives_each_enough_work(n_rows, seq_len, n_embd, n_cores, n_threads):
-    assert data_parallel.choose_threads(n_rows, seq_len, n_embd, n_cores) == n_threads
+def test_thread_counts_divide_the_rows(n_rows, seq_len, n_embd, n_cores, counts):
+    assert data_parallel.thread_counts(n_rows, seq_len, n_embd, n_cores) == counts
+
+
+@pytest.mark.parametrize(
+    "seconds, best, tried",
+    [
+        ({1: 3.0, 2: 2.0, 3: 1.0}, 3, 3),
+        ({1: 3.0, 2: 2.0, 3: 2.5, 6: 1.0}, 2, 3),  # 6 is not tried: 3 was slower than 2
+        ({1: 1.0, 2: 2.0}, 1, 2),
+        ({4: 1.0}, 4, 1),
+    ],
+)
+def test_fastest_is_the_last_before_a_slower_one(monkeypatch, seconds, best, tried):
+    timed = []
+
+    def time_batch(workers, params, batch):
+        timed.append(workers.n_threads)
+        return seconds[workers.n_threads]
+
+    monkeypatch.setattr(data_parallel.DataParallel, "time_batch", time_batch)
+    workers, time = data_parallel.fastest(gpt2.loss_and_grads, Params(TINY), None, seconds)
+    assert (workers.n_threads, time) == (best, seconds[best])
+    assert len(timed) == tried
+
+
+def test_time_batch_is_the_median_after_the_first_call(monkeypatch):
+    clock = iter([0, 0.1, 1, 3, 4, 5, 6, 7, 8, 10, 11, 14])  # 0.1 s, then 2, 1, 1, 2, 3 s
+    monkeypatch.setattr(data_parallel.time, "perf_counter", lambda: next(clock))
+    params = Params(TINY)
+    workers = data_parallel.DataParallel(gpt2.loss_and_grads, params)
+    tokens = np.zeros((1, 4), int)
+    assert workers.time_batch(params, (tokens, tokens)) == 2
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, 1000])
