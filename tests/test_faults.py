@@ -1,6 +1,6 @@
 """Faults: processes killed, disks that fill up, folders that cannot be written, two at once.
 
-`python tests/faults.py --kills 200` kills many more.
+`python tests/faults.py --trials 300` does many more.
 """
 
 import contextlib
@@ -35,13 +35,18 @@ DATA = "model.ckpt.data-00000-of-00001"
 # Kills
 
 
+SLOW = ("train", "overwrite", "failing output")
+
+
 @pytest.mark.parametrize(
     "name",
-    [pytest.param("train", marks=pytest.mark.thorough), "download", "convert", "convert to hf"],
+    [pytest.param(x, marks=[pytest.mark.thorough] if x in SLOW else []) for x in faults.JOBS],
 )
-def test_killed_job_loses_nothing_and_comes_to_its_result(name, tmp_path, thorough):
-    n_midst, n_ends = faults.run_job(name, 3 if thorough else 1, random.Random(7), tmp_path)
-    assert n_midst >= 0 and n_ends >= 1
+def test_disturbed_job_loses_nothing_and_comes_to_its_result(name, tmp_path, thorough):
+    if name == "two namespaces" and not faults.has_namespaces():
+        pytest.skip("this system does not let us make PID namespaces")
+    counts = faults.run_job(name, 3 if thorough else 1, random.Random(7), tmp_path)
+    assert counts["lost"] == 0 and counts["ended"] >= 1
 
 
 @pytest.mark.thorough
