@@ -462,7 +462,7 @@ def parse_args(argv: Sequence[str] | None = None, group: ProcessGroup | None = N
     elif args.init != "scratch":
         parser.set_defaults(**train_cli.FINE_TUNING)
     args = parser.parse_args(argv)
-    train_cli.check_args(parser, args)
+    train_cli.check_args(parser, args, parser.given(argv))
     args.out, args.group = train_cli.out_folder(args), group
     return args
 

@@ -134,6 +134,12 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self.hint(parsed, unknown)}")
         return parsed, []
 
+    def given(self, args: Sequence[str] | None) -> set[str]:
+        """Return the names of the flags that are among the arguments, whatever the defaults are."""
+        names = [action.dest for action in self._actions]
+        values = vars(self.parse_args(args, argparse.Namespace(**dict.fromkeys(names))))
+        return {name for name in names if values[name] is not None}
+
     def spell(self, arg: str) -> str:
         """Return an argument with its flag as it is spelled here: --n_tokens for --n-tokens."""
         match = re.fullmatch(r"(--\w[\w-]*)(=.*)?", arg, re.DOTALL)
@@ -192,6 +198,7 @@ positive_int = checked(int, lambda n: n >= 1, "a whole number of 1 or more")
 natural = checked(int, lambda n: n >= 0, "a whole number of 0 or more")
 number = checked(float, lambda x: 0 <= x < math.inf, "a number of 0 or more")
 positive_number = checked(float, lambda x: 0 < x < math.inf, "a number over 0")
+below_1 = checked(float, lambda x: 0 <= x < 1, "a number of 0 or more and below 1")
 fraction = checked(float, lambda x: 0 < x <= 1, "a number over 0 and at most 1")
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2_support import cli, folders, hub, run_folder
 from gpt2_support.data_parallel import thread_counts
+from gpt2_support.datasets import is_text
 from gpt2_support.messages import info
 from gpt2_support.params import Config, named_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
     from typing import Any
 
@@ -44,20 +46,10 @@ DEFAULTS = {  # of the flags that are no settings of a run, or depend on the mod
     "threads": None,
 }
 
-positive = cli.positive_int
+MODEL = {"n_vocab", "n_layer", "n_head", "n_embd", "n_ctx"}
+EVALUATION = {"eval_only", "data", "docs", "tokenizer", "init", "models_dir", "seq_len", "stride"}
 
-
-def natural(text: str) -> int:
-    """Return the whole number of 0 or more that a flag was given."""
-    return 0 if text.strip() == "0" else positive(text)
-
-
-def number(text: str) -> float:
-    """Return the finite number of 0 or more that a flag was given."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise ValueError
-    return value
+positive, natural, number = cli.positive_int, cli.natural, cli.number
 
 
 def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentParser:
@@ -74,6 +66,7 @@ def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentPa
             "python train.py --resume --out models/letters",
             "python train.py --eval_only --init models/letters --data others.txt",
         ],
+        guess=lambda args, words: f"a text to train on: --data {shlex.quote(words[0])}",
     )
     defaults = settings | DEFAULTS
 
@@ -131,9 +124,10 @@ def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentPa
         ("min_lr", number, "the learning rate at the end (default: a tenth of --lr)"),
         ("warmup", natural, "steps until the highest learning rate"),
         ("decay_steps", positive, "steps until --min_lr (default: --steps)"),
-        ("beta1", number, "AdamW: decay of the mean gradient"),
-        ("beta2", number, "AdamW: decay of the mean squared gradient"),
-        ("eps", number, "AdamW: keeps the division from overflowing"),
+        ("beta1", cli.below_1, "AdamW: decay of the mean gradient"),
+        ("beta2", cli.below_1, "AdamW: decay of the mean squared gradient"),
+        ("eps", cli.positive_number, "AdamW: added to the root of the mean squared gradient, by "
+         "which the mean is divided"),
         ("weight_decay", number, "AdamW: decay of the matrices"),
         ("grad_clip", number, "the largest norm of the gradient"),
         ("threads", positive, "threads that share a batch; the last bits depend on their number "
@@ -154,7 +148,7 @@ def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentPa
         ("eval_tokens", positive, "the most tokens that a validation takes"),
         ("save_every", positive, "steps between checkpoints"),
         ("sample_every", positive, "steps between samples"),
-        ("prompt", None, "beginning of the samples (default: none, they begin a text)"),
+        ("prompt", cli.text, "beginning of the samples (default: none, they begin a text)"),
     )
     group = add_group(
         "evaluation",
@@ -171,12 +165,32 @@ def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentPa
     return parser
 
 
-def check_args(parser: cli.ArgumentParser, args: Namespace) -> None:
-    """End with an error about the arguments if one is missing."""
+def check_args(parser: cli.ArgumentParser, args: Namespace, given: set[str]) -> None:
+    """End with an error if an argument is missing, or if one that was given would do nothing."""
     if not args.data:
         parser.error("--data is needed: a text file or a tokens .bin")
     if args.eval_only and args.init == "scratch":
         parser.error("--eval_only needs --init, the model to evaluate")
+    for name, reason in ignored_flags(args, given):
+        parser.error(f"argument --{name}: it would do nothing, since {reason}")
+
+
+def ignored_flags(args: Namespace, given: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield the flags among those given that do nothing beside the others, and why."""
+    rules = [
+        (args.eval_only, given - EVALUATION, "--eval_only does not train"),
+        (not args.eval_only, {"stride"}, "it belongs to --eval_only"),
+        (args.resume, {"init", "tokenizer", "overwrite"}, "--resume goes on with what the run has"),
+        (not args.resume, {"other_data"}, "it belongs to --resume"),
+        (not args.resume and args.init != "scratch", MODEL, "the model of --init has its own"),
+        (args.tokenizer, {"n_vocab"}, "--tokenizer has its own vocabulary"),
+    ]
+    if given & {"n_vocab", "docs"}:
+        texts = [path for path in (args.data, args.val_data) if path and is_text(Path(path))]
+        rules.append((not texts, {"n_vocab", "docs"}, "a tokens file is encoded already"))
+    for applies, flags, reason in rules:
+        for name in sorted(flags & given if applies else ()):
+            yield name, reason
 
 
 def out_folder(args: Namespace) -> Path:
@@ -196,6 +210,8 @@ def fit_to_model(args: Namespace, model: Config) -> dict[str, Any]:
     Raises ValueError for flags that do not fit them.
     """
     group, n_ctx = args.group, model.n_ctx
+    if args.shard and group.size == 1:
+        info("--shard: there is one rank, which has nobody to share with")
     seq_len = args.seq_len or (n_ctx if args.init == "scratch" else min(n_ctx, 256))
     if seq_len > n_ctx:
         raise ValueError(f"--seq_len {seq_len} exceeds n_ctx = {n_ctx}")

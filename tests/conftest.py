@@ -191,11 +191,21 @@ def out(tmp_path):
 
 @pytest.fixture
 def fish(text, out):
-    """Arguments for a short run on a small text; `fish("--steps", 4)` adds to them."""
-    tiny = "--n_vocab 260 --n_layer 1 --n_head 2 --n_embd 8 --n_ctx 8 --batch_size 2 --warmup 2"
-    every = "--steps 6 --eval_every 2 --save_every 2 --sample_every 3"
-    arguments = ["--data", text, "--out", out, *tiny.split(), *every.split()]
-    return lambda *more: [str(argument) for argument in (*arguments, *more)]
+    """Arguments for a short run on a small text; `fish("--steps", 4)` adds to them.
+
+    A model from scratch is small, and has a small vocabulary unless another is given.
+    """
+    every = "--steps 6 --eval_every 2 --save_every 2 --sample_every 3 --batch_size 2 --warmup 2"
+
+    def arguments(*more):
+        flags = ["--data", text, "--out", out, *every.split()]
+        if "--init" not in more:
+            flags += ["--n_layer", 1, "--n_head", 2, "--n_embd", 8, "--n_ctx", 8]
+        if not {"--init", "--tokenizer", "--data"} & set(more):
+            flags += ["--n_vocab", 260]
+        return [str(argument) for argument in (*flags, *more)]
+
+    return arguments
 
 
 @pytest.fixture

@@ -579,10 +579,10 @@ def test_command_resumes_a_model_with_more_ids_than_its_tokenizer(
     assert train.load_checkpoint(out).params.config.n_vocab == 300
 
 
-def test_command_refuses_a_tokenizer_of_another_model(call, fish, tmp_path):
+def test_command_refuses_a_tokenizer_of_another_model(call, text, out, tmp_path):
     save_model(tmp_path / "small", 259)
-    for more in ((), ("--eval_only",)):
-        done = call(train, *fish("--init", tmp_path / "small", *more))
+    for more in (("--out", out), ("--eval_only",)):
+        done = call(train, "--data", text, "--init", tmp_path / "small", *more)
         assert done.returncode == 1
         assert "260 tokens, the model only 259: they do not belong together" in done.stderr
 

@@ -1,0 +1,95 @@
+"""The flags of train.py: what they mean, and that none does nothing without a word."""
+
+import shlex
+
+import numpy as np
+import pytest
+
+import train
+from gpt2_support.formats import llmc
+
+
+def refusal(call, argv):
+    """The line that refuses some arguments."""
+    done = call(train, *argv)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    return done.stderr.removeprefix("train.py: error: ")
+
+
+@pytest.mark.parametrize(
+    "flags, name, reason",
+    [
+        ("--init stories --n_layer 8", "n_layer", "the model of --init has its own"),
+        ("--init stories --n_head 2", "n_head", "the model of --init has its own"),
+        ("--init stories --n-embd=4", "n_embd", "the model of --init has its own"),
+        ("--init stories --n_ctx 128", "n_ctx", "the model of --init has its own"),
+        ("--init stories --n_vocab 300", "n_vocab", "the model of --init has its own"),
+        ("--tokenizer t.bin --n_vocab 300", "n_vocab", "--tokenizer has its own vocabulary"),
+        ("--stride 4", "stride", "it belongs to --eval_only"),
+        ("--other_data", "other_data", "it belongs to --resume"),
+        ("--eval_only --init stories --eval_tokens 9", "eval_tokens", "--eval_only does not train"),
+        ("--eval_only --init stories --val_data x", "val_data", "--eval_only does not train"),
+        ("--eval_only --init stories --out x", "out", "--eval_only does not train"),
+        ("--eval_only --init stories --shard", "shard", "--eval_only does not train"),
+    ],
+)
+def test_flag_that_would_do_nothing_is_refused(call, text, monkeypatch, flags, name, reason):
+    monkeypatch.chdir(text.parent)
+    before = sorted(text.parent.iterdir())
+    argv = ["--data", text, *shlex.split(flags)]
+    out = [] if "--eval_only" in argv else ["--out", text.parent / "out"]
+    line = refusal(call, [*argv, *out])
+    assert line == f"argument --{name}: it would do nothing, since {reason} (see --help)\n"
+    assert sorted(text.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("flag", ["--docs", "--n_vocab"])
+def test_flag_for_a_text_is_refused_with_tokens(call, text, flag):
+    data, value = text.parent / "data.bin", "lines" if flag == "--docs" else "300"
+    llmc.save_tokens(data, [np.zeros(900, int)], 300)
+    line = refusal(call, ["--data", data, flag, value])
+    assert line.startswith(f"argument {flag}: it would do nothing, since a tokens file is encoded")
+    done = call(train, "--data", data, "--val_data", text, flag, value)
+    assert done.returncode == 1  # no tokenizer; the flag is taken, for --val_data
+    assert "no tokenizer.bin beside it" in done.stderr
+
+
+@pytest.mark.parametrize("more", ["--init stories", "--tokenizer stories", "--overwrite"])
+def test_resume_refuses_what_the_run_has(call, trained, more):
+    line = refusal(call, ["--resume", "--out", trained, *more.split()])
+    assert "--resume goes on with what the run has" in line
+
+
+def test_flags_of_evaluation_are_taken(call, trained, text):
+    flags = ("--seq_len", 8, "--stride", 4, "--docs", "file", "--tokenizer", trained)
+    done = call(train, "--eval_only", "--init", trained, "--data", text, *flags)
+    assert done.returncode == 0, done.stderr
+
+
+def test_text_without_its_flag_says_how_to_give_it(call):
+    line = refusal(call, ["my story.txt"])
+    expected = "unrecognized arguments: my story.txt; a text to train on: --data 'my story.txt'"
+    assert line.startswith(expected)
+    assert "did you mean --batch_size?" in refusal(call, ["--batchsize", "4"])
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--lr abc", "'abc' is not a number of 0 or more"),
+        ("--lr -1", "'-1' is not a number of 0 or more"),
+        ("--warmup 1.5", "'1.5' is not a whole number of 0 or more"),
+        ("--beta1 1", "'1' is not a number of 0 or more and below 1"),
+        ("--beta2 nan", "'nan' is not a number of 0 or more and below 1"),
+        ("--eps 0", "'0' is not a number over 0"),
+    ],
+)
+def test_value_of_a_flag_is_told_what_is_wanted(call, flags, expected):
+    line = refusal(call, ["--data", "x", *flags.split()])
+    assert line == f"argument {flags.split()[0]}: {expected} (see --help)\n"
+
+
+def test_shard_of_one_rank_is_said_to_do_nothing(call, fish):
+    done = call(train, *fish("--shard", "--steps", 1))
+    assert done.returncode == 0
+    assert done.stderr.count("--shard: there is one rank") == 1
