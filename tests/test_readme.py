@@ -86,7 +86,7 @@ def clone(tmp_path_factory):
     ignored = shutil.ignore_patterns("__pycache__", "best", "state.npz")
     for name in ("gpt2_support", "models/stories"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    for name in ("stories.txt", "mystory.txt", "tinyshakespeare.txt"):
+    for name in ("stories.txt", "mystory.txt", "other_stories.txt"):
         (folder / name).write_text(make_text(), encoding="utf-8")
     (folder / "names.txt").write_text("\n".join(make_text(900).split()), encoding="utf-8")
     config = Config(openai_files.N_VOCAB, n_ctx=128, n_embd=8, n_head=2, n_layer=2)
