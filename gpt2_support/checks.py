@@ -102,7 +102,7 @@ def check_targets(
     if low < IGNORE_INDEX or high >= n_vocab:
         bad = low if low < IGNORE_INDEX else high
         raise ValueError(f"target {bad} is outside the vocabulary of {n_vocab}")
-    n_counted = n_counted or int(np.count_nonzero(targets != IGNORE_INDEX))
+    n_counted = float(n_counted or np.count_nonzero(targets != IGNORE_INDEX))
     if not n_counted:
         raise ValueError("every target is -1: there is no loss to take the mean of")
     return tokens, targets.ravel(), n_counted
