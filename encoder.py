@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import codecs
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
 from pathlib import Path
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from gpt2_support import cli, corpus, encoder_cli, hub, messages
 from gpt2_support.formats import token_table
 from gpt2_support.formats.token_table import EOT_TEXT
-from gpt2_support.pretokens import WordCache, find_words
+from gpt2_support.pretokens import WordCache, bpe_in_blocks, find_pretokens, find_words
 
 TokenIds: TypeAlias = int | np.integer | Sequence[int | np.integer] | NDArray[np.integer]
 Pair: TypeAlias = tuple[int, int]  # the ids of two neighbours
@@ -127,14 +127,15 @@ class Encoder:
         # The same as _split_and_merge(text), but faster: see gpt2_support/pretokens.py.
         return list(chain.from_iterable(map(self._word_ids.__getitem__, find_words(text))))
 
-    def _split_and_merge(self, text: str) -> tuple[int, ...]:
-        """Return the ids of the pre-tokens of a text, one after the other."""
-        ids: list[int] = []
-        for pretoken in SPLIT_PATTERN.findall(text):
+    def _split_and_merge(self, text: str) -> Iterator[int]:
+        """Yield the ids of the pre-tokens of a text, one after the other."""
+        for pretoken in find_pretokens(SPLIT_PATTERN, text):
             utf8 = pretoken.encode()
-            id = self.ranks.get(utf8)  # most pre-tokens are tokens
-            ids += bpe(utf8, self.ranks) if id is None else (id,)
-        return tuple(ids)
+            id = self.ranks.get(utf8)
+            if id is None:
+                yield from bpe_in_blocks(bpe, utf8, self.ranks, self.tokens)
+            else:  # most pre-tokens are tokens
+                yield id
 
     def decode_bytes(self, ids: TokenIds) -> bytes:
         """Return the bytes of ids: an int, a list, or an array (N,); ValueError if one is unknown.
@@ -238,7 +239,7 @@ def count_pretokens(texts: Iterable[str]) -> Counter[str]:
             words.update(find_words(document))
     counts: Counter[str] = Counter()
     for word, count in words.items():
-        for pretoken in SPLIT_PATTERN.findall(word):
+        for pretoken in find_pretokens(SPLIT_PATTERN, word):
             counts[pretoken] += count
     return counts
 

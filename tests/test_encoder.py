@@ -5,7 +5,9 @@ import doctest
 import inspect
 import json
 import pickle
+import random
 import re
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 
@@ -132,6 +134,35 @@ def test_bpe_equals_naive_bpe_for_any_vocabulary(longer, pretoken):
     tokens = [bytes([byte]) for byte in range(256)] + sorted(longer)
     ranks = {token: id for id, token in enumerate(tokens)}
     assert encoder.bpe(pretoken, ranks) == naive_bpe(pretoken, ranks)
+
+
+@given(
+    st.sets(st.text("ab", min_size=2, max_size=6), max_size=20),
+    st.text("ab", max_size=80),
+    st.integers(1, 12),
+    st.integers(0, 2**32),
+)
+@examples(6)
+def test_bpe_in_blocks_equals_naive_bpe_for_any_order_of_merges(longer, text, block, seed):
+    tokens = [bytes([byte]) for byte in range(256)] + sorted(token.encode() for token in longer)
+    random.Random(seed).shuffle(tokens)
+    ranks = {token: id for id, token in enumerate(tokens)}
+    expected = naive_bpe(text.encode(), ranks)
+    assert pretokens.bpe_in_blocks(encoder.bpe, text.encode(), ranks, tokens, block) == expected
+
+
+@pytest.mark.parametrize("text", ["\0", "ab", "é!", "子,", "acgtgca"])
+def test_encode_takes_little_memory_where_there_are_no_spaces(enc, monkeypatch, text):
+    """92 bytes a byte, and more where there is something to merge, before it went by blocks."""
+    text = text * (60_000 // len(text.encode()))
+    expected = enc.encode(text)
+    monkeypatch.setattr(pretokens, "BLOCK", 1000)
+    tracemalloc.start()
+    ids = enc.encode(text)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert ids == expected
+    assert peak < 32 * 60_000
 
 
 def test_bpe_worked_example_of_the_docstring():
