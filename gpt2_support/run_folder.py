@@ -59,7 +59,7 @@ def lock(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise ValueError(
                 f"{folder}: another run is writing there, {error.strerror}: wait until it ends, or "
-                "give another --out"
+                "give another folder"
             ) from None
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         move_ready_files(folder)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2_support import run_folder
 from gpt2_support.files import atomic_write, sync
 from gpt2_support.formats import huggingface, llmc, tensorflow
 from gpt2_support.formats.stored_tensor import GetTensor
@@ -60,13 +61,14 @@ def convert(
     source, target = Path(source), Path(target)
     folder = source.parent if source.is_file() else source
     check_target(folder, target, overwrite)
-    with open_model(source) as (config, get, description):
-        info(f"{source}: {description}, {config}")
-        tokenizer = open_tokenizer(folder, config)
-        save = {"bin": save_model_folder, "hf": save_hf_folder}[to]
-        save(target, config, get, tokenizer)
-    for path in find_run(target):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with run_folder.lock(target) if find_run(target) else contextlib.nullcontext():
+        with open_model(source) as (config, get, description):
+            info(f"{source}: {description}, {config}")
+            tokenizer = open_tokenizer(folder, config)
+            save = {"bin": save_model_folder, "hf": save_hf_folder}[to]
+            save(target, config, get, tokenizer)
+        for path in find_run(target):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     info(f"{target}: written")
 
 

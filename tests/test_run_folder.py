@@ -17,7 +17,7 @@ from helpers import ROOT, TEXT, TINY
 import encoder
 import gpt2
 import train
-from gpt2_support import checkpoint, interrupts, run_folder, runlog
+from gpt2_support import checkpoint, interrupts, run_folder, runlog, weights
 from gpt2_support.distributed import ProcessGroup
 
 
@@ -161,6 +161,14 @@ def test_second_run_in_a_folder_is_refused_before_anything_is_written(
         assert done.returncode == 1
         line = done.stderr.splitlines()[-1]
         assert f"{trained}: another run is writing there, process {os.getpid()} on " in line
+    assert read_files(trained) == before
+
+
+def test_convert_replaces_no_run_that_is_running(trained, tmp_path):
+    before = read_files(trained)
+    refused = pytest.raises(ValueError, match="another run is writing there")
+    with run_folder.hold(trained, ProcessGroup()), refused:
+        weights.convert(ROOT / "models" / "stories", trained, overwrite=True)
     assert read_files(trained) == before
 
 
@@ -366,7 +374,7 @@ def test_best_model_that_a_kill_has_kept_from_its_name_is_written_again(
 ):
     """The loss beside it was renamed, the model was not."""
     whole, replace = tmp_path / "whole", os.replace
-    assert call(train, *fish("--save_every", 3, "--out", whole)).returncode == 0
+    assert call(train, *fish("--save_every", 3, "--steps", 4, "--out", whole)).returncode == 0
 
     def replace_or_die(source, target):
         if Path(target) == out / "best" / "model.bin" and (out / "state.npz").exists():
@@ -374,7 +382,7 @@ def test_best_model_that_a_kill_has_kept_from_its_name_is_written_again(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", replace_or_die)
-    assert call(train, *fish("--save_every", 3)).returncode == 130
+    assert call(train, *fish("--save_every", 3, "--steps", 4)).returncode == 130
     monkeypatch.setattr(os, "replace", replace)
     assert train.load_checkpoint(out).step == 3
     assert checkpoint.best_loss(out) < train.load_checkpoint(out).best_loss

@@ -624,6 +624,7 @@ ERRORS = {
     "init": (["--init", "no/model"], 1, "no model no/model"),
     "resume": (["--resume"], 1, "there is no run to resume"),
     "eval": (["--eval_only"], 2, "--eval_only needs --init"),
+    "other data": (["--other_data"], 2, "--other_data: it would do nothing"),
     "vocabulary": (["--n_vocab", "100000"], 1, "nothing is left to merge"),
 }
 
@@ -643,6 +644,7 @@ def test_command_errors_about_a_model_are_one_clear_line(trained, call, text):
     evaluate = ("--eval_only", "--init", trained, "--data", text)
     cases = [
         (("--resume",), 2, "--resume needs --out, the folder of the run"),
+        (("--resume", "--overwrite", "--out", trained), 2, "--overwrite: it would do nothing"),
         (("--resume", "--out", trained, "--n_layer", 3), 1, "that cannot be changed"),
         ((*evaluate, "--stride", 9), 1, "expected --stride 9 <= --seq_len 8 <= n_ctx 8"),
         ((*evaluate, "--seq_len", 9), 1, "expected --stride 9 <= --seq_len 9 <= n_ctx 8"),
