@@ -53,12 +53,7 @@ def read_prompts(args: argparse.Namespace, longest: int) -> Iterator[str]:
         yield cli.text(standard_input().read(longest + 2)).removesuffix("\n")
     elif args.prompt or not args.interactive:
         yield args.prompt
-    while args.interactive:
-        if standard_input().isatty():
-            info("> ", end="")
-        line = read_line(standard_input(), longest + 2)
-        if not line:
-            return
+    while args.interactive and (line := read_line(standard_input(), longest + 2)):
         yield cli.text(line).removesuffix("\n")
 
 
@@ -70,8 +65,19 @@ def standard_input() -> TextIO:
 
 
 def read_line(stream: TextIO, longest: int) -> str:
-    """Return the next line, "" at the end; of a longer line, its first `longest` characters."""
-    line = part = stream.readline(longest)
-    while len(part) == longest and not part.endswith("\n"):
-        part = stream.readline(longest)  # the rest of it is dropped
-    return line
+    """Return the next line, "" at the end; of a longer line, its first `longest` characters.
+
+    Ctrl-C on a terminal begins the line anew: it may have come a moment after an answer's end.
+    """
+    while True:
+        if stream.isatty():
+            info("> ", end="")
+        try:
+            line = part = stream.readline(longest)
+            while len(part) == longest and not part.endswith("\n"):
+                part = stream.readline(longest)  # the rest of it is dropped
+            return line
+        except KeyboardInterrupt:
+            if not stream.isatty():
+                raise
+            info("\nto end the program, end the input: Ctrl-D, or Ctrl-Z and Enter on Windows")

@@ -552,6 +552,35 @@ def test_cli_interrupt_ends_an_answer_and_not_the_conversation(n, cat, call, mon
     assert done.stdout == ["", None, None, " sa\n"][n] + " on the\n"
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Keyboard(Terminal):
+    """Ctrl-C comes before each line is read."""
+
+    interrupts = True
+
+    def readline(self, *args):
+        self.interrupts = not self.interrupts
+        if not self.interrupts:
+            raise KeyboardInterrupt
+        return super().readline(*args)
+
+
+def test_cli_interrupt_before_a_line_does_not_end_it_on_a_terminal(cat, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Keyboard("The cat\n"))
+    gpt2.main(["--interactive", "--model", str(cat), "--n_tokens", "4"])
+    out, err = capsys.readouterr()
+    assert out == " sat\n"
+    assert [err.count("> "), err.count("Ctrl-D")] == [4, 2]
+    monkeypatch.setattr(Keyboard, "isatty", lambda self: False)
+    monkeypatch.setattr(sys, "stdin", Keyboard("The cat\n"))
+    with pytest.raises(KeyboardInterrupt):
+        gpt2.main(["--interactive", "--model", str(cat)])
+
+
 def test_cli_interrupt_prints_the_samples_that_are_there(cat, call, monkeypatch):
     interrupt_after(monkeypatch, 3)
     done = call(gpt2, "The cat", "--model", cat, "--n_samples", 2)
@@ -586,11 +615,6 @@ def test_cli_takes_utf_8_in_an_ascii_locale(cat, cli, prompts):
     assert prompts == ["é€😀", "é€😀", "\ufffd"]
     args = gpt2_cli.parse_args(["--stop", prompt, "\ud800"])
     assert (args.stop, args.prompt) == (["é€😀"], "\ud800")
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 def test_cli_escapes_control_characters_on_a_terminal(tmp_path, cli, monkeypatch):
