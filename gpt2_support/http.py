@@ -24,7 +24,6 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
-from gpt2_support import cli
 from gpt2_support.files import (
     DamagedFile,
     atomic_write,
@@ -56,9 +55,8 @@ MAX_REDIRECTS = 10
 NUMBER = "[0-9]{1,18}"  # of bytes, in a header
 LINKED = ("X-Linked-Size", "X-Linked-ETag", "X-Repo-Commit")  # of the hub's first answer
 NETWORK_ADVICE = (
-    "Run this again to go on from here; or check the network and HTTPS_PROXY, name a mirror with "
-    "--base_url or GPT2_BASE_URL (OpenAI's files) or HF_ENDPOINT (the Hugging Face hub's), or use "
-    "a model that you have: "
+    ". Run this again to go on from here; or check the network and HTTPS_PROXY, or name a mirror: "
+    "--base_url or GPT2_BASE_URL for OpenAI's files, HF_ENDPOINT for the Hugging Face hub's"
 )
 
 
@@ -86,6 +84,7 @@ class RemoteFile(NamedTuple):
     md5: str | None = None  # in base64
     validator: str | None = None  # for If-Range: an ETag, or a date
     sha256: str | None = None  # in hexadecimal
+    commit: str | None = None  # of the hub's repository
 
 
 class TemporaryFailure(ConnectionError):
@@ -363,8 +362,7 @@ def final_error(url: str, failure: Exception) -> Exception:
     """Return the error to raise when a download is given up."""
     if isinstance(failure, DamagedFile):
         return BadAnswer(f"{public(url)}: {reason(failure)}")
-    convert = cli.command("utils.py", "convert", "--help")
-    return ConnectionError(f"{public(url)}: {reason(failure)}. {NETWORK_ADVICE}{convert}")
+    return ConnectionError(f"{public(url)}: {reason(failure)}")
 
 
 def retry_after(text: str) -> int:
@@ -425,6 +423,7 @@ def describe(url: str, response: Response, max_bytes: int) -> RemoteFile:
         md5=headers.get("Content-MD5"),
         validator=etag if etag.startswith('"') else headers.get("Last-Modified"),
         sha256=linked[1] if linked else None,
+        commit=headers.get("X-Repo-Commit"),
     )
 
 
@@ -524,7 +523,7 @@ def read_state(part: Path) -> RemoteFile | None:
         state = read_json(state_path(part))
     except (OSError, ValueError):
         return None
-    types = {"size": int, "md5": str, "validator": str, "sha256": str}
+    types: dict[str, type] = {**dict.fromkeys(RemoteFile._fields, str), "size": int}
     if set(state) != set(types):
         return None
     good = all(state[name] is None or type(state[name]) is types[name] for name in types)

@@ -1,8 +1,8 @@
-"""Models by name: finding them, and downloading OpenAI's.
+"""Models by name: finding them, and downloading them from OpenAI or from the Hugging Face hub.
 
-A model is a folder such as `124M/`, with `model.bin` and `tokenizer.bin`. OpenAI's files are
-downloaded to `124M/.download/` and converted when all of them are there; the lock `.124M.lock`
-keeps other processes out meanwhile.
+A model is a folder such as `124M/` or `owner/name/`, with `model.bin` and `tokenizer.bin`. The
+files of others are downloaded to `124M/.download/` and converted when all of them are there; the
+lock `.124M.lock` keeps other processes out meanwhile.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpt2_support import cli
+from gpt2_support import cli, huggingface_hub
 from gpt2_support.files import check_regular, file_hash, hold_lock, make_folders
 from gpt2_support.folders import BUNDLED_MODEL, MODELS_DIR, candidates
 from gpt2_support.formats.llmc import load_params
 from gpt2_support.formats.token_table import load_tokenizer
-from gpt2_support.http import Effort, fetch
-from gpt2_support.messages import info
-from gpt2_support.weights import convert
+from gpt2_support.http import NETWORK_ADVICE, BadAnswer, Effort, RefusedRequest, fetch, public
+from gpt2_support.messages import info, preview
+from gpt2_support.weights import convert, find_reader
 
 OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 DATA_FILE = "model.ckpt.data-00000-of-00001"
@@ -47,6 +47,12 @@ MODEL_ALIASES = {
     "gpt2-large": "774M",
     "gpt2-xl": "1558M",
 }
+COMMUNITY = {  # where the Hugging Face hub has the same weights
+    "124M": "openai-community/gpt2",
+    "355M": "openai-community/gpt2-medium",
+    "774M": "openai-community/gpt2-large",
+    "1558M": "openai-community/gpt2-xl",
+}
 TOKENIZER_SHA256 = {  # the same for models of every size
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -59,43 +65,85 @@ SHA256_124M = {  # from a secondary source: a mismatch is reported, the tensors'
 
 
 def resolve_name(name: str) -> str:
-    """Return OpenAI's name of a model, "124M" for "gpt2"; raise ValueError if it is not one."""
-    if name not in MODEL_NAMES and name not in MODEL_ALIASES:
+    """Return the name under which a model is kept: OpenAI's, "124M" for "gpt2", or the hub's.
+
+    Raises ValueError if there can be no such model to download.
+    """
+    name = MODEL_ALIASES.get(name, name)
+    if name not in MODEL_NAMES and not huggingface_hub.is_repository(name):
         known = ", ".join([*MODEL_NAMES, *MODEL_ALIASES])
-        raise ValueError(f"unknown model {name!r}, expected one of {known}")
-    return MODEL_ALIASES.get(name, name)
+        raise ValueError(
+            f"unknown model {preview(name)!r}, expected one of {known}, or owner/name[@revision] "
+            "of the Hugging Face hub"
+        )
+    return name
 
 
-def find_model(name: str | Path, models_dir: str | Path = MODELS_DIR) -> Path:
+def find_model(
+    name: str | Path, models_dir: str | Path = MODELS_DIR, hurried: bool = False
+) -> Path:
     """Return the path of a model: `name` itself if it is one, or a model of that name.
 
-    Names are looked up in `models_dir`, in `models` of the current folder and among the bundled
-    models. One of OpenAI's models that is not there is downloaded. Raises FileNotFoundError for
-    any other name.
+    The path is a model file or a folder in a layout that `load_params` reads. Names are looked up
+    in `models_dir`, in `models` of the current folder and among the bundled models. One of OpenAI's
+    or of the Hugging Face hub's that is not there is downloaded; `hurried`, at the first attempt or
+    not at all. Raises FileNotFoundError for any other name.
     """
-    if not isinstance(name, str | os.PathLike):
-        actual = f"a {type(name).__name__}"
-        raise ValueError(f'a model is given by its name, "124M" say, or its path, not by {actual}')
     paths = [Path(name), *candidates(MODEL_ALIASES.get(str(name), name), models_dir)]
     for path in paths:
-        if path.is_file() or (path / "model.bin").is_file():
+        if is_model(path):
             return path
-    if name in MODEL_NAMES or name in MODEL_ALIASES:
-        return download(name, models_dir)
+    if can_be_downloaded(str(name), Path(models_dir)):
+        return download(str(name), models_dir, hurried=hurried)
     raise FileNotFoundError(
-        f"no model {name}: expected a model file, or a folder with model.bin, at one of "
-        f"{', '.join(map(str, paths))}, or one of {', '.join(MODEL_NAMES)} to download"
+        f"no model {name}: expected a model file, or a folder with "
+        f"model.bin, at one of {', '.join(map(str, paths))}, or one of {', '.join(MODEL_NAMES)}, "
+        f"or owner/name of the Hugging Face hub, to download{found_there(Path(name))}"
     )
 
 
-def find_default_model(models_dir: str | Path = MODELS_DIR) -> Path:
-    """Return the path of 124M or, where it cannot be downloaded, of the bundled model."""
+def is_model(path: Path) -> bool:
+    """Return whether a path is a file, or a folder in one of the layouts that we read."""
     try:
-        return find_model("124M", models_dir)
-    except ConnectionError:
+        find_reader(path)
+    except (ValueError, OSError):
+        return path.is_file()
+    return path.exists()
+
+
+def can_be_downloaded(name: str, models_dir: Path) -> bool:
+    """Tell the name of a model on a server from a path that does not exist.
+
+    A name such as runs/mine is a path if there is a folder runs, other than that of `models_dir`.
+    """
+    if name in MODEL_NAMES or name in MODEL_ALIASES:
+        return True
+    owner = Path(name).parent
+    is_path = str(owner) != "." and owner.exists()
+    is_path = is_path and os.path.realpath(owner) != os.path.realpath(models_dir / owner)
+    return huggingface_hub.is_repository(name) and not is_path
+
+
+def found_there(path: Path) -> str:
+    """Return what is wrong with a folder that is not a model, for a message."""
+    try:
+        find_reader(path)
+    except ValueError as error:
+        return f"; {error}"
+    except OSError:
+        pass
+    return ""
+
+
+def find_default_model(models_dir: str | Path = MODELS_DIR) -> Path:
+    """Return the path of 124M or, where it cannot be downloaded at once, of the bundled model."""
+    try:
+        return find_model("124M", models_dir, hurried=True)
+    except (OSError, ValueError) as error:
         path = find_model(BUNDLED_MODEL, models_dir)
+        info(str(error).removesuffix(NETWORK_ADVICE))
         info(
-            "GPT-2 is not here and its server cannot be reached: using the bundled model "
+            "GPT-2 is not here and cannot be downloaded now: using the bundled model "
             f"`{BUNDLED_MODEL}`, which tells children's stories. For GPT-2 itself, on a network: "
             + cli.command("utils.py", "download", "124M")
         )
@@ -108,55 +156,88 @@ def download(
     base_url: str | None = None,
     keep: bool = False,
     pause: Callable[[float], Any] = time.sleep,
+    hurried: bool = False,
 ) -> Path:
-    """Download one of OpenAI's models, convert it, and return its folder, `models_dir`/<name>.
+    """Download a model, convert it, and return its folder, `models_dir`/<name>.
 
-    A model that is already there is left alone, and an interrupted download is resumed. `base_url`
-    is where <name>/encoder.json and the other files are; without it GPT2_BASE_URL of the
-    environment, or OpenAI's server. `keep` keeps OpenAI's files, in <name>/openai. `pause(seconds)`
-    waits before a retry. Raises ValueError for a bad name or file, ConnectionError if the server
-    cannot be reached or keeps failing, and another OSError for what it refuses or for a full disk.
+    OpenAI's four models come from OpenAI's server or, if that fails, from the Hugging Face hub, as
+    do all others. A model that is already there is left alone, and an interrupted download is
+    resumed. `base_url` is where OpenAI's <name>/encoder.json and the other files are; without it
+    GPT2_BASE_URL of the environment, or OpenAI's server. `keep` keeps the files as they came, in
+    <name>/openai or <name>/huggingface. `pause(seconds)` waits before a retry. `hurried` gives up
+    at the first failure if nothing has arrived. Raises ValueError for a bad name or file,
+    ConnectionError if the server cannot be reached or keeps failing, and another OSError for what
+    it refuses or for a full disk.
     """
-    name = resolve_name(name)
-    base_url = (base_url or os.environ.get("GPT2_BASE_URL") or OPENAI_URL).rstrip("/")
-    folder = Path(models_dir) / name
-    work, lock = folder / ".download", folder.with_name(f".{name}.lock")
+    name, models_dir = resolve_name(name), Path(models_dir)
+    folder, lock = models_dir / name, models_dir / f".{name.replace('/', '--')}.lock"
+    work = folder / ".download"
     for path in filter(os.path.lexists, (lock, folder / "model.bin", folder / "tokenizer.bin")):
         check_regular(path)
-    if find_problem(folder) is None and not work.exists() and not lock.exists():
+    if find_problem(folder, name) is None and not work.exists() and not lock.exists():
         info(f"{folder}: already downloaded")
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with hold_lock(lock), make_folders(folder, work):
-        problem = find_problem(folder)
+    models_dir.mkdir(parents=True, exist_ok=True)
+    owner = [folder.parent] if "/" in name else []
+    with hold_lock(lock), make_folders(*owner, folder, work):
+        problem = find_problem(folder, name)
         if problem is None:  # another process downloaded it, or was killed while it cleaned up
             info(f"{folder}: already downloaded")
         else:
             if isinstance(problem, ValueError):
                 info(f"{problem}; downloading the model again")
-            fetch_all(f"{base_url}/{name}", work, name, Effort(pause))
-            convert_download(work, folder)
+            source = fetch_model(name, work, base_url, Effort(pause, hurried))
+            convert_download(source, folder)
             if keep:
-                shutil.rmtree(folder / "openai", ignore_errors=True)
-                os.replace(work, folder / "openai")
+                kept = folder / ("openai" if source == work else "huggingface")
+                shutil.rmtree(kept, ignore_errors=True)
+                os.replace(source, kept)
         shutil.rmtree(work, ignore_errors=True)
     return folder
 
 
-def find_problem(folder: Path) -> Exception | None:
-    """Return the error that loading a folder's model and tokenizer raises, or None."""
+def find_problem(folder: Path, name: str) -> Exception | None:
+    """Return the error that loading a folder's model and tokenizer raises, or None.
+
+    A model of the hub may have no tokenizer.
+    """
     try:
         load_params(folder / "model.bin")
-        load_tokenizer(folder / "tokenizer.bin")
+        if name in MODEL_NAMES or (folder / "tokenizer.bin").exists():
+            load_tokenizer(folder / "tokenizer.bin")
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         return error
     return None
+
+
+def fetch_model(name: str, work: Path, base_url: str | None, effort: Effort) -> Path:
+    """Download the files of a model to a folder, `work` or one in it, and return that one."""
+    try:
+        if name not in MODEL_NAMES:
+            return huggingface_hub.fetch_model(name, work, work.parent, effort)
+        base_url = (base_url or os.environ.get("GPT2_BASE_URL") or OPENAI_URL).rstrip("/")
+        try:
+            fetch_all(f"{base_url}/{name}", work, name, effort)
+            return work
+        except (ConnectionError, RefusedRequest, BadAnswer) as error:
+            failure = error
+        info(f"{failure}. The Hugging Face hub has the same weights: {COMMUNITY[name]}")
+        try:
+            return huggingface_hub.fetch_model(COMMUNITY[name], work, work.parent, effort)
+        except (OSError, ValueError) as error:
+            info(str(error))
+        raise failure
+    except ConnectionError as error:
+        raise ConnectionError(f"{error}{NETWORK_ADVICE}") from None
 
 
 def fetch_all(url: str, folder: Path, name: str, effort: Effort) -> None:
     """Download OpenAI's files of a model into a folder; a file that is there has been verified."""
     sizes = MAX_BYTES | {DATA_FILE: DATA_BYTES[name]}
     reported_sha256 = SHA256_124M if name == "124M" else {}
+    if not (folder / DATA_FILE).exists():
+        size = f"{DATA_BYTES[name] / 1e6:,.1f} MB"
+        info(f"{name}: downloading {size} from {public(url)} to {folder.parent}")
     for file_name in OPENAI_FILES:
         path = folder / file_name
         if not path.exists():
@@ -178,4 +259,6 @@ def convert_download(work: Path, folder: Path) -> None:
             path = work / name
             if "data" not in name or getattr(error, "path", None) == path:
                 path.unlink(missing_ok=True)
+        for path in work.glob("*.safetensors"):
+            path.unlink()
         raise ValueError(f"{error}; run this again to fetch the damaged file again") from None

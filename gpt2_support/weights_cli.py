@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2_support.cli import ArgumentParser, run
-from gpt2_support.hub import MODEL_ALIASES, MODEL_NAMES, MODELS_DIR, OPENAI_URL, download
+from gpt2_support.hub import (
+    MODEL_ALIASES,
+    MODEL_NAMES,
+    MODELS_DIR,
+    OPENAI_URL,
+    download,
+    resolve_name,
+)
 from gpt2_support.weights import convert
 
 if TYPE_CHECKING:
@@ -15,7 +23,18 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[ArgumentParser]
 
-NAME_HELP = f"{', '.join(MODEL_NAMES)}, or one of the aliases {', '.join(MODEL_ALIASES)}"
+NAME_HELP = (
+    f"{', '.join(MODEL_NAMES)}, one of the aliases {', '.join(MODEL_ALIASES)}, or a GPT-2 of the "
+    "Hugging Face hub: distilgpt2, or owner/name[@revision]"
+)
+
+
+def model_name(text: str) -> str:
+    """Return the name of a model to download, for argparse's `type=`."""
+    try:
+        return resolve_name(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,17 +59,20 @@ def add_download(commands: Commands) -> None:
     """Add the command `download` and its arguments."""
     parser = commands.add_parser(
         "download",
-        help="fetch one of OpenAI's models and convert it",
-        description="Fetch one of OpenAI's models and convert it to models/<name>/model.bin and "
-        "tokenizer.bin. A download that was interrupted goes on where it stopped; one that is "
-        "done is left alone. Proxies are taken from HTTPS_PROXY and its relatives.",
+        help="fetch a model and convert it",
+        description="Fetch one of OpenAI's models, or any GPT-2 of the Hugging Face hub that has "
+        "safetensors, and convert it to models/<name>/model.bin and tokenizer.bin. A download that "
+        "was interrupted goes on where it stopped; one that is done is left alone. Proxies are "
+        "taken from HTTPS_PROXY and its relatives, a mirror of the hub from HF_ENDPOINT, a token "
+        "for private and gated models from HF_TOKEN.",
         examples=[
             "python utils.py download 124M",
+            "python utils.py download distilgpt2",
             "python utils.py download 355M --models_dir /data/models",
         ],
     )
     add = parser.add_argument
-    add("name", choices=[*MODEL_NAMES, *MODEL_ALIASES], metavar="NAME", help=NAME_HELP)
+    add("name", type=model_name, metavar="NAME", help=NAME_HELP)
     add("--models_dir", metavar="DIR", type=Path, default=MODELS_DIR, help="the folder of models")
     add(
         "--base_url",
@@ -58,7 +80,7 @@ def add_download(commands: Commands) -> None:
         help="where OpenAI's NAME/encoder.json and the others lie (default: GPT2_BASE_URL of the "
         f"environment, or {OPENAI_URL})",
     )
-    add("--keep", action="store_true", help="keep OpenAI's files, in models/<name>/openai")
+    add("--keep", action="store_true", help="keep the files as they came, in a folder of the model")
 
 
 def add_convert(commands: Commands) -> None:

@@ -6,6 +6,7 @@ use all cores, where pytest-xdist is installed; `-n 0` or the name of a test fil
 """
 
 import itertools
+import os
 import subprocess
 import sys
 import typing
@@ -20,6 +21,10 @@ SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
 import gpt2_support.blas  # noqa: F401, E402 (before NumPy, which then loads OpenBLAS as users have it)
+
+if not os.environ.get("GPT2_TEST_NETWORK"):  # nothing is fetched from the hub itself
+    os.environ["HF_ENDPOINT"] = "http://127.0.0.1:1"
+    os.environ.pop("HF_TOKEN", None)
 
 EVERY_RUN = {
     "deadline": None,  # other processes share the cores

@@ -780,7 +780,7 @@ def test_download_of_any_other_name_writes_nothing(tmp_path, name):
 def test_state_of_a_download_of_any_json(tmp_path):
     """What is kept of an interrupted download is believed only if it is of the right form."""
     part = tmp_path / "x.part"
-    state = {"size": 30, "md5": "abc", "validator": '"x"', "sha256": "0" * 64}
+    state = {"size": 30, "md5": "abc", "validator": '"x"', "sha256": "0" * 64, "commit": "a"}
     http.state_path(part).write_text(json.dumps(state), encoding="utf-8")
     assert http.read_state(part)._asdict() == state
 

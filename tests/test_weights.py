@@ -108,7 +108,7 @@ def test_convert_command_writes_nothing_to_standard_output(call, tmp_path):
         (["convert", "absent", "out"], 1, "utils.py: error: absent: no such folder"),
         (["convert", "x"], 2, "required: TARGET"),
         (["convert", "x", "y", "--to", "z"], 2, "invalid choice: 'z'"),
-        (["download", "../124M"], 2, "invalid choice"),
+        (["download", "../124M"], 2, "unknown model '../124M', expected one of 124M"),
         ([], 2, "required: COMMAND"),
     ],
 )

@@ -33,10 +33,11 @@ def load_tokenizer(path: str | Path) -> tuple[list[bytes], int | None]:
 
     `path` is a `tokenizer.bin` (version 1 or 2), a `tokenizer.json`, an `encoder.json` with
     `vocab.bpe` beside it, a `vocab.json` with `merges.txt` beside it, or a folder that holds any of
-    these. Raises FileNotFoundError, or ValueError if the file is damaged or if merging by lowest id
-    would give other ids than the file's own tokenizer.
+    these, or a .safetensors file in one. Raises FileNotFoundError, or ValueError if the file is
+    damaged or if merging by lowest id would give other ids than the file's own tokenizer.
     """
     path = Path(path)
+    path = path.parent if path.suffix == ".safetensors" else path
     path = find_tokenizer(path) if path.is_dir() else path
     if path.suffix != ".json":
         tokens, eot = read_bin(path)
