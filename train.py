@@ -35,6 +35,7 @@ from gpt2_support.distributed import ProcessGroup, init_process_group
 from gpt2_support.evaluation import Evaluation, Windows, sum_losses
 from gpt2_support.formats import llmc
 from gpt2_support.interrupts import deferred_interrupts, forgiving_output, never_fatal
+from gpt2_support.messages import write
 from gpt2_support.params import Config, Params
 from gpt2_support.run_folder import Diverged, RunFolder, saved_on_error
 from gpt2_support.runlog import RunLog
@@ -558,7 +559,7 @@ def eval_command(args: Namespace) -> None:
         limits = f"--stride {stride} <= --seq_len {seq_len} <= n_ctx {params.config.n_ctx}"
         raise ValueError(f"expected {limits}")
     result = evaluate(params, tokens, datasets.token_lengths(enc), seq_len, stride)
-    print(
+    write(
         f"{args.data}: {result}; {result.n_tokens} tokens ({result.n_bytes} bytes), in windows of "
         f"{seq_len}, stride {stride}"
     )

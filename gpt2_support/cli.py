@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gpt2_support import __version__, folders
+from gpt2_support.interrupts import drop_unwritten
 from gpt2_support.messages import info, printable
 
 # What the programs of a checkout are called where the package is installed.
@@ -222,7 +223,7 @@ def run(main: Callable[[], object]) -> None:
     status = status_of(main)
     unwritten = status_of(sys.stdout.flush)
     if unwritten:  # the interpreter would try again at its end, and show a traceback
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_unwritten(sys.stdout)
     if status or unwritten:
         sys.exit(status or unwritten)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gpt2_support.files import atomic_write, with_path
 from gpt2_support.interrupts import never_fatal
-from gpt2_support.messages import info, preview
+from gpt2_support.messages import info, preview, printable
 
 if TYPE_CHECKING:
     from typing import Any, TextIO
@@ -100,7 +100,8 @@ class RunLog:
 
     def write(self, text: str, file: TextIO | None = None) -> None:
         """Print text, on standard error by default, above the progress line."""
-        self.bar.write(text, file=file or sys.stderr)
+        file = file or sys.stderr
+        self.bar.write(printable(text, file), file=file)
 
 
 def read_log(path: str | Path) -> list[Row]:

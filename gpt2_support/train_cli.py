@@ -185,9 +185,9 @@ def ignored_flags(args: Namespace, given: set[str]) -> Iterator[tuple[str, str]]
         (not args.resume and args.init != "scratch", MODEL, "the model of --init has its own"),
         (args.tokenizer, {"n_vocab"}, "--tokenizer has its own vocabulary"),
     ]
-    if given & {"n_vocab", "docs"}:
-        texts = [path for path in (args.data, args.val_data) if path and is_text(Path(path))]
-        rules.append((not texts, {"n_vocab", "docs"}, "a tokens file is encoded already"))
+    for flag, paths in (("n_vocab", [args.data]), ("docs", [args.data, args.val_data])):
+        if flag in given and not any(is_text(Path(path)) for path in paths if path):
+            rules.append((True, {flag}, "a tokens file is encoded already"))
     for applies, flags, reason in rules:
         for name in sorted(flags & given if applies else ()):
             yield name, reason

@@ -1,5 +1,7 @@
 """Tests of gpt2_support/runlog.py: log.csv, the progress line and loss.png."""
 
+import io
+
 import pytest
 
 import train
@@ -68,3 +70,12 @@ def test_damaged_log_is_set_aside_and_the_run_goes_on(trained, call, damage):
     assert (trained / "log.damaged.csv").read_text() == "an older one"
     if damage != "a folder":
         assert (trained / "log.damaged1.csv").read_bytes() == before
+
+
+def test_run_log_escapes_control_characters_of_a_sample_on_a_terminal(monkeypatch):
+    for is_terminal, shown in ((True, r"a\x1b[2J"), (False, "a\x1b[2J")):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        with runlog.RunLog(None, 0, 1) as log:
+            log.write("a\x1b[2J", file=stream)
+        assert stream.getvalue() == f"{shown}\n"
