@@ -399,7 +399,7 @@ def train(
         deferred_interrupts() as interrupted,
         RunFolder(out, enc.save if reports else None, is_new=state.step == 0) as run,
         RunLog(run.current if reports else None, state.step, config.steps) as log,
-        saved_on_error(save, lambda: state.step > 0 and state.is_whole and group.size == 1),
+        saved_on_error(save, state),
     ):
         while state.step < config.steps and not any(group.all_gather(interrupted())):
             start = time.perf_counter()

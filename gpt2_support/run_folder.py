@@ -12,7 +12,7 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gpt2_support.files import hold_lock, make_folders, size_of
 from gpt2_support.interrupts import never_fatal
@@ -147,14 +147,18 @@ class Diverged(ValueError):
 
 
 @contextlib.contextmanager
-def saved_on_error(save: Callable[[], object], is_worth_it: Callable[[], bool]) -> Iterator[None]:
-    """After an error in the block, other than divergence, try to save before it goes on its way."""
+def saved_on_error(save: Callable[[], object], state: Any) -> Iterator[None]:
+    """After an error in the block, other than divergence, try to save before it goes on its way.
+
+    Not before the first step of a train.TrainState, in the midst of an update, or where ranks share
+    the moments: the others, which may have met no error, would have to take part.
+    """
     try:
         yield
     except Diverged:
         raise
     except Exception:
-        if is_worth_it():
+        if state.step > 0 and state.is_whole and not state.optimizer.is_sharded:
             with never_fatal("save after an error"):
                 save()
         raise

@@ -40,6 +40,15 @@ def test_run_log_writes_rows_a_progress_line_and_a_picture(tmp_path, capsys):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_run_log_escapes_what_a_terminal_would_obey(capsys, monkeypatch):
+    with runlog.RunLog(None, 0, 1) as log:
+        log.write("\x1b[2J")
+        monkeypatch.setattr(runlog.sys.stderr, "isatty", lambda: True)
+        log.write("\x1b[31m")
+    err = capsys.readouterr().err
+    assert "\x1b[2J" in err and "\\x1b[31m" in err and "\x1b[31m" not in err
+
+
 def test_run_log_without_a_folder_writes_no_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with runlog.RunLog(None, 0, 1) as log:
