@@ -78,8 +78,7 @@ class DataParallel:
         with blas_threads(params.config, self.n_threads):
             losses = np.concatenate(self._in_threads(add_gradients, self.n_threads))
         self._sum_grads(1 / n_all_parts)
-        loss = np.mean(self.group.all_gather(losses.sum() / n_parts))
-        return float(loss), self.grads[0]
+        return float(np.mean(self.group.all_gather(losses.sum() / n_parts))), self.grads[0]
 
     def _count_targets(self, batches: list[Batch]) -> int:
         """Return how many targets count, on all ranks."""

@@ -5,6 +5,7 @@ examples of each property, and every call of every function checked against its 
 use all cores, where pytest-xdist is installed; `-n 0` or the name of a test file keeps to one.
 """
 
+import collections
 import itertools
 import os
 import subprocess
@@ -88,7 +89,30 @@ def import_checked():
         mock.patch.object(typing, "TYPE_CHECKING", True),  # the names of types are to be there
         jaxtyping.install_import_hook(checked_modules(), "conftest.check_types"),
     ):
+        jaxtyping.jaxtyped = leave_out_old_inner_functions(jaxtyping.jaxtyped)
         import train  # noqa: F401 (which imports the others)
+
+
+def leave_out_old_inner_functions(jaxtyped):
+    """Return the decorator that the hook puts on functions, made cheap for those within functions.
+
+    Each is made anew whenever the outer one is called, and its checks compiled anew, which takes
+    milliseconds: so the first ten of each are checked.
+    """
+    made = collections.Counter()
+
+    def decorator(*, typechecker):
+        def decorate(function):
+            if "<locals>" in getattr(function, "__qualname__", ""):
+                code = getattr(function, "__code__", None)
+                made[code] += 1
+                if made[code] > 10:
+                    return function
+            return jaxtyped(function, typechecker=typechecker)
+
+        return decorate
+
+    return decorator
 
 
 def checked_modules():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import openai_files
 import pytest
-from helpers import ROOT, random_params, take_steps
+from helpers import ROOT, random_params, take_steps, unchecked
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -189,7 +189,8 @@ def test_any_ragged_rows_equal_each_alone(data, config, n_rows):
         parts = [row[at : at + n] for row, at in zip(rows, starts, strict=True)]
         logits = gpt2.forward(params, np.array(parts), kv)
         for row, at, together in zip(rows, starts, logits, strict=True):
-            alone = gpt2.forward(params, row[: at + n])[at:]
+            with unchecked():
+                alone = gpt2.forward(params, row[: at + n])[at:]
             np.testing.assert_allclose(together, alone, **CLOSE)
 
 
@@ -211,7 +212,8 @@ def test_any_batch_of_prompts_generates_what_each_does_alone(data, config, n_row
     )
     steps = list(gpt2.generate(params, prompts, n_tokens, seed=5, **sampling))
     for b, prompt in enumerate(prompts):
-        alone = list(gpt2.generate(params, prompt, n_tokens, seed=5 + b, **sampling))
+        with unchecked():
+            alone = list(gpt2.generate(params, prompt, n_tokens, seed=5 + b, **sampling))
         together = [ids[b] for ids in steps]
         assert together[: len(alone)] == alone
         assert set(together[len(alone) :]) <= {sampling["eot"]}
@@ -266,7 +268,8 @@ class Fixed(np.random.Generator):
 def draws(logits, n=150, **sampling):
     """The ids that are drawn over numbers spread evenly: all of a probability above 1 / n."""
     numbers = [*(i / n for i in range(n)), 5e-324, math.nextafter(1, 0)]
-    return [gpt2.sample(logits, Fixed(number), **sampling) for number in numbers]
+    with unchecked():
+        return [gpt2.sample(logits, Fixed(number), **sampling) for number in numbers]
 
 
 def smallest_sufficient(probs, p):
