@@ -89,6 +89,9 @@ def find_model(
     or of the Hugging Face hub's that is not there is downloaded; `hurried`, at the first attempt or
     not at all. Raises FileNotFoundError for any other name.
     """
+    if not isinstance(name, str | os.PathLike):
+        actual = f"a {type(name).__name__}"
+        raise ValueError(f'a model is given by its name, "124M" say, or its path, not by {actual}')
     paths = [Path(name), *candidates(MODEL_ALIASES.get(str(name), name), models_dir)]
     for path in paths:
         if is_model(path):
