@@ -93,7 +93,7 @@ def is_at(file: IO[Any], path: Path) -> bool:
     """Tell whether an open file is the one that is at `path` now."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
+    except OSError:  # nothing is there any more
         return False
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2_support.files import hold_lock, make_folders, size_of
 from gpt2_support.interrupts import never_fatal
+from gpt2_support.messages import info
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -61,7 +62,9 @@ def lock(folder: Path) -> Iterator[None]:
                 f"{folder}: another run is writing there, {error.strerror}: wait until it ends, or "
                 "give another folder"
             ) from None
-        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+        if (folder / UNFINISHED).exists():
+            info(f"{folder}: removing what a run has left that ended before its first checkpoint")
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         move_ready_files(folder)
         yield
 

@@ -109,7 +109,7 @@ def write_tokenizer(path):
 
 
 @pytest.mark.parametrize("n", range(7))
-def test_move_that_is_killed_is_finished_by_the_next_run(tmp_path, monkeypatch, n):
+def test_move_that_is_killed_is_finished_by_the_next_run(tmp_path, monkeypatch, n, capsys):
     """The new run has not been validated: the best model of the old one goes, with its loss."""
     old = ("model.bin", "state.npz", "log.csv", "best/model.bin", "best/val_loss.json", "loss.png")
     save_files(tmp_path, *old, "tokenizer.bin", "best/tokenizer.bin", "best/mine.txt")
@@ -135,6 +135,7 @@ def test_move_that_is_killed_is_finished_by_the_next_run(tmp_path, monkeypatch, 
         files = read_files(tmp_path)
     assert files.pop("best/mine.txt") and files.pop(".lock")
     if n == 0:  # it was not ready
+        assert "ended before its first checkpoint" in capsys.readouterr().err
         assert ".new" in before and "loss.png" in files and len(files) == 8
         assert all("old" not in str(data) and b".new" not in data for data in files.values())
         return
