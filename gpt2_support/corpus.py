@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import functools
 import io
 import os
 import re
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_support.formats import llmc
+from gpt2_support.messages import info
 from gpt2_support.pretokens import LAST_CUT
 
 CHUNK = 1 << 20  # characters read at a time
@@ -49,8 +52,26 @@ class Encoder(Protocol):
 
 
 def total_bytes(paths: Paths) -> int:
-    """Return the size of all files together."""
+    """Return the size of all files together; raise ValueError for a folder."""
+    for path in map(Path, paths):
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder, expected a text file")
     return sum(os.path.getsize(path) for path in paths)
+
+
+@functools.cache
+def warn_unless_utf8(path: Path | str) -> None:
+    """Report, once, that the beginning of a file is not text in UTF-8, with the share."""
+    if not os.path.isfile(path):  # what comes through a pipe can be read once only
+        return
+    with open(path, "rb") as file:
+        text = codecs.getincrementaldecoder("utf-8")("replace").decode(file.read(CHUNK))
+    share = (text.count("\ufffd") + text.count("\0")) / max(1, len(text))
+    if share > 0.01:
+        info(
+            f"{path}: {share:.0%} of its characters are not text in UTF-8. Is it a text file? If it "
+            "is, in UTF-16 or Latin-1 perhaps, convert it first"
+        )
 
 
 def ignore(n_bytes: int) -> None:
@@ -79,12 +100,21 @@ def read_chunks(
 
 
 def read_texts(paths: Paths) -> Iterator[str]:
-    """Yield the chunks of several files, and show a progress bar."""
+    """Yield the chunks of several files, and show a progress bar.
+
+    Raises ValueError if there is no text.
+    """
     from tqdm import tqdm
 
+    is_empty = True
     with tqdm(total=total_bytes(paths), desc="read", unit="B", unit_scale=True) as bar:
         for path in paths:
-            yield from read_chunks(path, CHUNK, bar.update)
+            warn_unless_utf8(path)
+            for chunk in read_chunks(path, CHUNK, bar.update):
+                is_empty = is_empty and not chunk
+                yield chunk
+    if is_empty:
+        raise ValueError(f"no text in {', '.join(map(str, paths))}: nothing to learn from")
 
 
 def read_documents(
@@ -200,6 +230,8 @@ def encode_files(
     if enc.eot is None:
         raise ValueError("this tokenizer has no end-of-text token, to put before each document")
     n_bytes, n_docs = total_bytes(paths), 0
+    for path in paths:
+        warn_unless_utf8(path)
 
     def count_documents(batches: Iterable[Batch]) -> Iterator[Batch]:
         nonlocal n_docs

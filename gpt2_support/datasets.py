@@ -37,8 +37,12 @@ if TYPE_CHECKING:
 
 def is_text(path: Path) -> bool:
     """Tell a text file from a tokens .bin, by its name and its first bytes."""
-    if not path.is_file():
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, expected a text file or a tokens .bin")
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():
+        raise ValueError(f"{path}: is not a regular file, expected a text file or a tokens .bin")
     with open(path, "rb") as file:
         magic = int.from_bytes(file.read(4), "little")
     return path.suffix != ".bin" and magic != llmc.TOKENS_MAGIC
@@ -87,10 +91,25 @@ def learn_tokenizer(
     path = cache_path(text, digest, b"a tokenizer of %d" % n_vocab)
     if not path.exists():
         info(f"{path}: learning a vocabulary of {n_vocab} tokens from {text}")
-        enc = train(corpus.read_texts([text]), n_vocab)
+        try:
+            enc = train(corpus.read_texts([text]), n_vocab)
+        except ValueError as error:
+            raise explain(error, text, n_vocab) from None
         check_unchanged(text, digest)
         enc.save(path)
     return path
+
+
+def explain(error: ValueError, text: Path, n_vocab: int) -> ValueError:
+    """Return what to say if no vocabulary can be learned: advice that does not fail later."""
+    n_bytes = text.stat().st_size
+    if n_bytes == 0 or n_vocab < 257:
+        return error
+    bytes_alone = ", or --n_vocab 257, the bytes and end-of-text alone"
+    return ValueError(
+        f"{text}: {n_bytes} bytes of text are too few to learn {n_vocab} tokens from: give more text"
+        f"{bytes_alone if n_bytes > 10_000 else ''}"
+    )
 
 
 def encode_text(text: Path, enc: Encoder, docs: str) -> Path:
