@@ -32,7 +32,13 @@ from numpy.typing import NDArray
 from gpt2_support import cli, corpus, encoder_cli, hub, messages
 from gpt2_support.formats import token_table
 from gpt2_support.formats.token_table import EOT_TEXT
-from gpt2_support.pretokens import WordCache, bpe_in_blocks, find_pretokens, find_words
+from gpt2_support.pretokens import (
+    WordCache,
+    bpe_in_blocks,
+    check_text,
+    find_pretokens,
+    find_words,
+)
 
 TokenIds: TypeAlias = int | np.integer | Sequence[int | np.integer] | NDArray[np.integer]
 Pair: TypeAlias = tuple[int, int]  # the ids of two neighbours
@@ -117,9 +123,10 @@ class Encoder:
         """Return the ids of a text.
 
         `<|endoftext|>` in the text is ordinary text, unless `allow_special`: then it becomes the id
-        `eot`. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
+        `eot`. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD. Raises ValueError for what
+        is not a str.
         """
-        text = replace_surrogates(text)
+        text = replace_surrogates(check_text(text))
         if allow_special and self.eot is not None:
             documents = text.split(self.tokens[self.eot].decode("utf-8", "surrogateescape"))
             ids = chain.from_iterable([self.eot, *self.encode(document)] for document in documents)

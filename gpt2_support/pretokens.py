@@ -38,6 +38,14 @@ def find_pretokens(pattern: regex.Pattern[str], text: str) -> Iterable[str]:
 BLOCK = 1 << 16  # bytes of a pre-token that are merged at a time, which takes 16 MB
 
 
+def check_text(text: object) -> str:
+    """Return a text, or raise ValueError that says what to do."""
+    if isinstance(text, str):
+        return text
+    advice = ": text.decode('utf-8') is one" if isinstance(text, bytes | bytearray) else ""
+    raise ValueError(f"text of type {type(text).__name__}, expected a str{advice}")
+
+
 class WordCache(dict[str, Iterable[int]]):
     """Keeps the ids of words: `cache[word]` calls `encode(word)` only if the word is new.
 

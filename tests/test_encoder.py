@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import tracemalloc
+import unicodedata
 from collections import Counter
 from itertools import pairwise
 
@@ -16,7 +17,17 @@ import pytest
 import regex
 from hypothesis import example, given
 from hypothesis import strategies as st
-from texts import EOT, GPT2_PATTERN, TEXT, awkward_text, examples, naive_bpe, naive_encode, with_eot
+from texts import (
+    EOT,
+    GPT2_PATTERN,
+    TEXT,
+    assigned_text,
+    awkward_text,
+    examples,
+    naive_bpe,
+    naive_encode,
+    with_eot,
+)
 
 import encoder
 from gpt2_support import corpus, pretokens
@@ -228,6 +239,16 @@ def test_encode_replaces_lone_surrogates(enc):
     assert enc.decode(enc.encode("a\ud800b\udfff")) == "a\ufffdb\ufffd"
     assert enc.encode("\ud83d\ude00") == enc.encode("😀")
     assert enc.encode(f"\ud800{EOT}", allow_special=True)[-1] == enc.eot
+
+
+@pytest.mark.parametrize("text", [b"bytes", ["a", "list"], None, 5])
+def test_encode_of_what_is_no_text_says_what_to_do(enc, text):
+    unchecked = inspect.unwrap(encoder.Encoder.encode)  # a thorough run checks types before
+    with pytest.raises(ValueError, match=f"text of type {type(text).__name__}.*expected a str"):
+        unchecked(enc, text)
+    if isinstance(text, bytes):
+        with pytest.raises(ValueError, match=r"decode\('utf-8'"):
+            unchecked(enc, text)
 
 
 def test_encode_empty_text(enc):
@@ -515,7 +536,15 @@ def test_gpt2_ids_of_whole_texts_are_tiktokens(gpt2, shared, name):
     assert gpt2.decode(gpt2.encode(text)) == text
 
 
-@given(st.one_of(awkward_text, st.text()))
+@pytest.mark.parametrize("step", [499, pytest.param(31, marks=pytest.mark.thorough)])
+def test_gpt2_ids_of_assigned_characters_are_tiktokens(gpt2, gpt2_tiktoken, step):
+    characters = map(chr, range(0, 0x110000, step))
+    assigned = [x for x in characters if unicodedata.category(x) not in ("Cn", "Cs")]
+    text = "".join(f"{x}'s a{x}1 {x} " for x in assigned)
+    assert gpt2.encode(text) == gpt2_tiktoken.encode_ordinary(text)
+
+
+@given(st.one_of(awkward_text, assigned_text))
 @examples(3)
 def test_gpt2_ids_of_awkward_text_are_tiktokens(gpt2, gpt2_tiktoken, text):
     assert gpt2.encode(text) == gpt2_tiktoken.encode_ordinary(text)

@@ -20,6 +20,9 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 # Characters of every kind that the pattern or the code tells apart.
 AWKWARD = [*"aZ's'tlrev!<|>_-01 \n\t\r", "  ", "'ll", "\x1c", "\x1f", "\x85", "\xa0", "\u3000"]
 AWKWARD += [*"é²Ⅷ你😀\u0301\ufeff\ufffd\u200b\u2028\0", "the", " the", EOT, f"\n{EOT}\n"]
+# What is assigned by the Unicode of this Python: two programs that know later versions of Unicode,
+# not the same one, split the rest differently.
+assigned_text = st.text(st.characters(exclude_categories=["Cn", "Cs"]))
 awkward_text = st.lists(st.sampled_from(AWKWARD), max_size=24).map("".join)
 
 
