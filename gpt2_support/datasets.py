@@ -107,8 +107,8 @@ def explain(error: ValueError, text: Path, n_vocab: int) -> ValueError:
         return error
     bytes_alone = ", or --n_vocab 257, the bytes and end-of-text alone"
     return ValueError(
-        f"{text}: {n_bytes} bytes of text are too few to learn {n_vocab} tokens from: give more text"
-        f"{bytes_alone if n_bytes > 10_000 else ''}"
+        f"{text}: {n_bytes} bytes of text are too few to learn {n_vocab} tokens from: give more "
+        f"text{bytes_alone if n_bytes > 10_000 else ''}"
     )
 
 
