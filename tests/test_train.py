@@ -625,7 +625,7 @@ ERRORS = {
     "resume": (["--resume"], 1, "there is no run to resume"),
     "eval": (["--eval_only"], 2, "--eval_only needs --init"),
     "other data": (["--other_data"], 2, "--other_data: it would do nothing"),
-    "vocabulary": (["--n_vocab", "100000"], 1, "nothing is left to merge"),
+    "vocabulary": (["--n_vocab", "100000"], 1, "too few to learn 100000 tokens"),
 }
 
 
