@@ -621,7 +621,7 @@ ERRORS = {
     "lr": (["--lr", "nan"], 2, "argument --lr"),
     "seed": (["--seed", "-1"], 2, "argument --seed"),
     "order": (["--order", "backward"], 2, "argument --order: invalid choice: 'backward'"),
-    "init": (["--init", "no/model"], 1, "no model no/model"),
+    "init": (["--init", "no/such/model"], 1, "no model no/such/model"),
     "resume": (["--resume"], 1, "there is no run to resume"),
     "eval": (["--eval_only"], 2, "--eval_only needs --init"),
     "other data": (["--other_data"], 2, "--other_data: it would do nothing"),
