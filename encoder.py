@@ -203,9 +203,9 @@ def replace_surrogates(text: str) -> str:
 def load(name: str | Path, models_dir: str | Path = hub.MODELS_DIR) -> Encoder:
     """Return the Encoder of a model in `models_dir`, such as "124M", or of a path.
 
-    The path is a folder or a token table in any format that `load_tokenizer` reads. Downloads one
-    of OpenAI's models if it is not there yet. Raises FileNotFoundError, or ValueError if the table
-    is damaged.
+    The path is a folder or a token table in any format that `load_tokenizer` reads. Downloads a
+    model of OpenAI's or of the Hugging Face hub if it is not there yet. Raises FileNotFoundError,
+    or ValueError if the table is damaged.
     """
     if Path(name).exists():
         return Encoder(*token_table.load_tokenizer(name))

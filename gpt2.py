@@ -738,10 +738,11 @@ def next_token_logits(params: Params, tokens: Tokens, kv: KVCache) -> Float[ndar
 
 
 def load(name: str | Path = "124M", models_dir: str | Path = hub.MODELS_DIR) -> Params:
-    """Return the Params of a model's name, folder or model.bin, memory-mapped and read-only.
+    """Return the Params of a model's name, folder or file, read-only; a large file is mapped.
 
-    One of OpenAI's models (124M, 355M, 774M, 1558M) that is not in models_dir yet is downloaded.
-    Raises FileNotFoundError for an unknown name, ValueError for a damaged file.
+    One of OpenAI's models (124M, 355M, 774M, 1558M) or of the Hugging Face hub's (owner/name) that
+    is not in models_dir yet is downloaded. Raises FileNotFoundError for an unknown name, ValueError
+    for a damaged file.
     """
     return load_params(hub.find_model(name, models_dir))
 

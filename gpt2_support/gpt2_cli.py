@@ -37,9 +37,10 @@ def make_parser() -> cli.ArgumentParser:
         "- reads it from standard input, without its last line end; without one the model starts a "
         "text")  # fmt: skip
     add = parser.add_argument_group("model").add_argument
-    add("--model", type=str, help="124M, 355M, 774M or 1558M, another in --models_dir, or a path; "
-        "one of these four is downloaded if it is not there (default: 124M, or stories where that "
-        "is not there and there is no network)")  # fmt: skip
+    add("--model", type=str, help="124M, 355M, 774M or 1558M of OpenAI's, a GPT-2 of the Hugging "
+        "Face hub (distilgpt2, owner/name[@revision]), another in --models_dir, or a path, also "
+        "of a folder of Hugging Face's or OpenAI's; what is not there is downloaded (default: "
+        "124M, or stories where that cannot be downloaded)")  # fmt: skip
     add("--models_dir", type=Path, default=hub.MODELS_DIR, help="folder of the models")
     add = parser.add_argument_group("text").add_argument
     add("--n_tokens", type=positive, default=40, help="tokens to generate at most")

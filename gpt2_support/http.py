@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 TIMEOUTS = (5, 30)  # seconds to connect, and to wait for the next bytes
 PATIENCE = 30.0  # seconds until the answer, and for CHUNK bytes: 273 a second are the lowest speed
-HURRY = 1.5  # the same where another model is at hand
+HURRY = 1.0  # until the first answer, where another model is at hand
 CHUNK = 1 << 13  # bytes: small, because a chunk cut short is lost
 MAX_FAILURES = 5  # in a row, without CHUNK new bytes
 MAX_PAUSE = 60  # seconds, even if a busy server asks for more
@@ -169,7 +169,7 @@ def persist(
     while True:
         hurried = effort.hurried and best == start  # nothing has arrived yet
         try:
-            return attempt(HURRY if hurried else PATIENCE)
+            return attempt(HURRY if hurried and not has_answered else PATIENCE)
         except (requests.RequestException, ConnectionError, TimeoutError, DamagedFile) as error:
             failure = error
         has_answered = has_answered or not is_unreachable(failure)
@@ -239,14 +239,20 @@ def request(source: Source, headers: dict[str, str]) -> Response:
             auth = bearer(source.token) if source.token and is_home else None
             response = session.get(url, headers=headers, auth=auth, **options)
         except ValueError as error:
+            where = "" if url == source.url else f"the server redirects to {preview(public(url))}: "
             message = "" if "@" in url else f": {preview(str(error), 400)}"
-            raise BadAnswer(f"{public(url)}: not an address to download from{message}") from None
+            message = f"{where}not an address to download from{message}"
+            raise BadAnswer(f"{public(source.url)}: {message}") from None
         linked = {name: x for name, x in response.headers.items() if name in LINKED} | linked
         if not response.is_redirect:
             response.headers.update(linked)
             return response
         response.close()
-        url = redirected(url, response.headers["Location"])
+        location = response.headers["Location"]
+        url = redirected(url, location) or ""
+        if not url:
+            message = f"the server redirects to {preview(public(location))}"
+            raise BadAnswer(f"{public(source.url)}: {message}, expected an https address")
     raise BadAnswer(f"{public(source.url)}: the server redirects more than {MAX_REDIRECTS} times")
 
 
@@ -260,17 +266,17 @@ def bearer(token: str) -> Callable[[PreparedRequest], PreparedRequest]:
     return authorize
 
 
-def redirected(url: str, location: str) -> str:
-    """Return the address that a server redirects to; never from https to anything else."""
+def redirected(url: str, location: str) -> str | None:
+    """Return the address that a server redirects to; None unless it is one of http or https.
+
+    From https it never leads to http.
+    """
     try:
         target = urljoin(url, location)
-        scheme = urlsplit(target).scheme
+        scheme, host = urlsplit(target)[:2]
     except ValueError:
-        target = scheme = ""
-    if scheme not in ("https", urlsplit(url).scheme) or not urlsplit(target).netloc:
-        actual = f"the server redirects to {preview(public(location))}"
-        raise BadAnswer(f"{public(url)}: {actual}, expected an https address")
-    return target
+        return None
+    return target if host and scheme in ("https", urlsplit(url).scheme) else None
 
 
 def in_time(items: Generator[T, None, None], seconds: float) -> Generator[T, None, None]:

@@ -90,7 +90,7 @@ def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentPa
     )  # fmt: skip
     add_group(
         "model",
-        ("init", str, "scratch, or the name or path of a model to fine-tune or evaluate"),
+        ("init", str, "scratch, or a model to fine-tune or evaluate, as for gpt2.py --model"),
         ("n_layer", positive, "layers of a model from scratch"),
         ("n_head", positive, "attention heads of each layer"),
         ("n_embd", positive, "channels of a model from scratch"),

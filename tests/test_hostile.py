@@ -740,11 +740,13 @@ def hostile_answer(rng):
     return text.encode("utf-8", "surrogateescape") + rng.choice(BODIES)
 
 
-def test_download_from_a_server_of_any_answers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["124M", "someone/tiny"])
+def test_download_from_a_server_of_any_answers(tmp_path, monkeypatch, name):
     """It fails with an error for a line, and nothing is written but in the folder of the model."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(http, "TIMEOUTS", (5, 5))
     tracemalloc.stop()
+    word = "encoder.json" if name == "124M" else name
     pauses = []
     (tmp_path / "models").mkdir()
     with raw_server() as server:
@@ -753,13 +755,14 @@ def test_download_from_a_server_of_any_answers(tmp_path, monkeypatch):
             server.answer = hostile_answer(rng)
             try:
                 with time_limit():
-                    hub.download("124M", tmp_path / "models", server.url, pause=pauses.append)
+                    monkeypatch.setenv("HF_ENDPOINT", server.url if "/" in name else "http://[")
+                    hub.download(name, tmp_path / "models", server.url, pause=pauses.append)
                 pytest.fail("nothing that the server sent is a model")
             except (ValueError, OSError) as error:
-                assert "encoder.json" in str(error), (i, server.answer[:100], repr(error)[:300])
+                assert word in str(error), (i, server.answer[:100], repr(error)[:300])
                 assert str(error).isprintable() and len(str(error)) < 1000, (i, repr(error)[:300])
             assert [path.name for path in tmp_path.iterdir()] == ["models"]
-            shutil.rmtree(tmp_path / "models" / "124M", ignore_errors=True)
+            shutil.rmtree(tmp_path / "models" / name.split("/")[0], ignore_errors=True)
             assert not list((tmp_path / "models").iterdir())
     assert max(pauses) <= http.MAX_PAUSE
 
