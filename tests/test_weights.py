@@ -9,7 +9,7 @@ from helpers import TINY, random_params
 from model_files import contents, hf_arrays, refusal, write_bin, write_hf
 
 import utils
-from gpt2_support import weights
+from gpt2_support import run_folder, weights
 from gpt2_support.formats import llmc, token_table
 from gpt2_support.params import Config
 
@@ -193,6 +193,15 @@ def test_convert_onto_a_training_run_is_refused(tmp_path, call, name, to):
     assert call(utils, "convert", tmp_path / "in", run, "--to", to, "--overwrite").returncode == 0
     assert not (run / name).exists()
     assert len(list(run.iterdir())) == (2 if to == "bin" else 5)
+
+
+def test_convert_leaves_a_run_alone_that_is_writing(tmp_path):
+    write_model(tmp_path / "in", "ours", seed=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.npz").touch()
+    with run_folder.lock(tmp_path / "run"), pytest.raises(ValueError, match="another run is wri"):
+        weights.convert(tmp_path / "in", tmp_path / "run", overwrite=True)
+    assert sorted(contents(tmp_path / "run")) == ["state.npz"]
 
 
 def test_convert_keeps_a_run_whose_best_model_is_the_source(tmp_path):
