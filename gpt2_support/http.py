@@ -360,7 +360,8 @@ def reason(error: Exception) -> str:
         causes = (getattr(error, "reason", None), *error.args)
         inner = [cause for cause in causes if isinstance(cause, Exception)]
         if not inner:
-            return preview(hide_secrets(str(error).strip()), 400)
+            text = re.sub(r"^(<.*?>|\w+Connection(Pool)?\(.*?\)): ", "", str(error).strip())
+            return preview(hide_secrets(text), 400)
         error = inner[0]
 
 

@@ -73,8 +73,8 @@ def resolve_name(name: str) -> str:
     if name not in MODEL_NAMES and not huggingface_hub.is_repository(name):
         known = ", ".join([*MODEL_NAMES, *MODEL_ALIASES])
         raise ValueError(
-            f"unknown model {preview(name)!r}, expected one of {known}, or owner/name[@revision] "
-            "of the Hugging Face hub"
+            f"unknown model {preview(name)!r}, expected one of {known}, or distilgpt2 or another "
+            "owner/name[@revision] of the Hugging Face hub"
         )
     return name
 
@@ -144,7 +144,8 @@ def find_default_model(models_dir: str | Path = MODELS_DIR) -> Path:
         return find_model("124M", models_dir, hurried=True)
     except (OSError, ValueError) as error:
         path = find_model(BUNDLED_MODEL, models_dir)
-        info(str(error).removesuffix(NETWORK_ADVICE))
+        if not isinstance(error, (ConnectionError, RefusedRequest, BadAnswer)):  # has been told
+            info(str(error))
         info(
             "GPT-2 is not here and cannot be downloaded now: using the bundled model "
             f"`{BUNDLED_MODEL}`, which tells children's stories. For GPT-2 itself, on a network: "
