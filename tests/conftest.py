@@ -6,6 +6,7 @@ use all cores, where pytest-xdist is installed; `-n 0` or the name of a test fil
 """
 
 import collections
+import inspect
 import itertools
 import os
 import subprocess
@@ -87,30 +88,34 @@ def import_checked():
         del sys.modules[name]
     with (
         mock.patch.object(typing, "TYPE_CHECKING", True),  # the names of types are to be there
-        jaxtyping.install_import_hook(checked_modules(), "conftest.check_types"),
+        jaxtyping.install_import_hook(checked_modules(), "beartype.beartype"),
     ):
-        jaxtyping.jaxtyped = leave_out_old_inner_functions(jaxtyping.jaxtyped)
+        jaxtyping.jaxtyped = check_most(jaxtyping.jaxtyped)
         import train  # noqa: F401 (which imports the others)
 
 
-def leave_out_old_inner_functions(jaxtyped):
-    """Return the decorator that the hook puts on functions, made cheap for those within functions.
+REFUSE_BAD_VALUES = ("__init__", "generate", "decode")  # with ValueError, which tests ask for
 
-    Each is made anew whenever the outer one is called, and its checks compiled anew, which takes
-    milliseconds: so the first ten of each are checked.
+
+def check_most(jaxtyped):
+    """Return the decorator that the hook puts on functions and classes, for most of them.
+
+    A function within a function is made anew whenever the outer one is called, and its checks are
+    compiled anew, which takes milliseconds: only the first ten of each are checked.
     """
     made = collections.Counter()
 
-    def decorator(*, typechecker):
-        def decorate(function):
-            if "<locals>" in getattr(function, "__qualname__", ""):
-                code = getattr(function, "__code__", None)
-                made[code] += 1
-                if made[code] > 10:
-                    return function
-            return jaxtyped(function, typechecker=typechecker)
+    def is_checked(function):
+        name = getattr(function, "__name__", "")
+        if "<locals>" in getattr(function, "__qualname__", ""):
+            made[function.__code__] += 1
+        is_old = made[getattr(function, "__code__", None)] > 10
+        is_refusing = name in REFUSE_BAD_VALUES or name.startswith("check_")
+        return not (inspect.isclass(function) or is_old or is_refusing)
 
-        return decorate
+    def decorator(*, typechecker):
+        decorate = jaxtyped(typechecker=typechecker)
+        return lambda function: decorate(function) if is_checked(function) else function
 
     return decorator
 
@@ -120,18 +125,6 @@ def checked_modules():
     rooms = (ROOT / "gpt2_support").glob("*.py")
     named = [room.stem for room in rooms if "[ndarray, " in room.read_text(encoding="utf-8")]
     return ["encoder", "gpt2", "train", *(f"gpt2_support.{name}" for name in named)]
-
-
-REFUSE_BAD_VALUES = ("__init__", "generate", "decode")  # with ValueError, which tests ask for
-
-
-def check_types(function):
-    """Return a function that checks its annotations when it is called."""
-    import beartype
-
-    name = function.__name__
-    checked = name not in REFUSE_BAD_VALUES and not name.startswith("check_")
-    return beartype.beartype(function) if checked else function
 
 
 @pytest.fixture(scope="session")

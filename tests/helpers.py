@@ -47,10 +47,10 @@ def unchecked():
     after are checked.
     """
     import gpt2
-    from gpt2_support import tiles
+    from gpt2_support import checks, tiles
 
     with contextlib.ExitStack() as stack:
-        for module in (gpt2, blas, tiles):
+        for module in (gpt2, blas, checks, tiles):
             for name, function in inspect.getmembers(module, inspect.isfunction):
                 if hasattr(function, "__wrapped__"):
                     plain = inspect.unwrap(function)
