@@ -92,6 +92,9 @@ def find_model(
     if not isinstance(name, str | os.PathLike):
         actual = f"a {type(name).__name__}"
         raise ValueError(f'a model is given by its name, "124M" say, or its path, not by {actual}')
+    if not isinstance(name, str | os.PathLike):
+        actual = f"a {type(name).__name__}"
+        raise ValueError(f'a model is given by its name, "124M" say, or its path, not by {actual}')
     paths = [Path(name), *candidates(MODEL_ALIASES.get(str(name), name), models_dir)]
     for path in paths:
         if is_model(path):
