@@ -503,11 +503,7 @@ def make_state(args: Namespace, enc: Encoder, data: dict[str, str]) -> TrainStat
     shape = Config(n_vocab, args.n_ctx, args.n_embd, args.n_head, args.n_layer)
     if args.resume:
         state = args.state
-        if shape != state.params.config:
-            raise ValueError(
-                f"{args.out}: the run has {state.params.config}; that cannot be changed"
-            )
-        checkpoint.check_data(args.out, state.data, data, args.other_data)
+        train_cli.check_same_run(args, shape, data)
         state.config, state.data = make_config(args, shape), data
         state.best_loss = min(state.best_loss, checkpoint.best_loss(args.out))
         return state
@@ -553,11 +549,7 @@ def eval_command(args: Namespace) -> None:
     enc = find_tokenizer(args)
     check_tokenizer(args.init, params.config, enc.n_vocab)
     tokens = datasets.read_tokens(args.data, enc, args.docs)
-    seq_len = args.seq_len or params.config.n_ctx
-    stride = args.stride or seq_len
-    if not stride <= seq_len <= params.config.n_ctx:
-        limits = f"--stride {stride} <= --seq_len {seq_len} <= n_ctx {params.config.n_ctx}"
-        raise ValueError(f"expected {limits}")
+    seq_len, stride = train_cli.window_lengths(args, params.config.n_ctx)
     result = evaluate(params, tokens, datasets.token_lengths(enc), seq_len, stride)
     write(
         f"{args.data}: {result}; {result.n_tokens} tokens ({result.n_bytes} bytes), in windows of "

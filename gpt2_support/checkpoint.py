@@ -135,9 +135,9 @@ def fingerprint(**tokens: ndarray) -> dict[str, str]:
     }
 
 
-def check_data(folder: Path, before: Any, now: dict[str, str], other_data: bool) -> None:
+def check_data(folder: Path, before: Any, now: dict[str, str]) -> None:
     """Raise ValueError if a run's data are not those of `before`, None in older checkpoints."""
-    for name in now if before and not other_data else ():
+    for name in now if before else ():
         if before.get(name) != now[name]:
             raise ValueError(
                 f"{folder}: --{name} has {now[name]}, but the run has been trained with "
@@ -166,6 +166,6 @@ def best_loss(folder: Path) -> float:
     if path.exists() and path.with_name("model.bin").exists():
         try:
             return float(read_json(path)["val_loss"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             info(f"{path}: ignored, it holds no loss: {preview(str(error))}")
     return math.inf

@@ -13,6 +13,7 @@ from gpt2_support.interrupts import never_fatal
 from gpt2_support.messages import info, preview, printable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any, TextIO
 
 Row = dict[str, str]  # {column: text}, each text a number or empty
@@ -109,25 +110,33 @@ def read_log(path: str | Path) -> list[Row]:
 
     Leaves out a last row that was cut short. Raises ValueError for any other line that is no row.
     """
+    return list(iterate_log(path))
+
+
+def iterate_log(path: str | Path) -> Iterator[Row]:
+    """Yield what `read_log` returns."""
     if not Path(path).exists():
-        return []
+        return
     text = Path(path).read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
     header, *lines = text.split("\n")[:-1] or [HEADER]
     if header != HEADER:
         raise ValueError(f"{path}: begins with {preview(header)}, not as a log of train.py")
-    return [parse_row(path, line) for line in lines]
+    for line in lines:
+        yield parse_row(path, line)
 
 
 def read_or_set_aside(path: Path) -> list[Row]:
-    """Return the rows of a log.csv; give a damaged one another name, with a message."""
+    """Return the rows of a log.csv; give a damaged one another name, and keep its first rows."""
+    rows = []
     try:
-        return read_log(path)
+        for row in iterate_log(path):
+            rows.append(row)
     except (OSError, ValueError) as error:
         names = (path.with_name(f"log.damaged{i or ''}.csv") for i in itertools.count())
         aside = next(name for name in names if not name.exists())
         path.rename(aside)
-        info(f"{error}: it is now {aside.name}, and a new log begins")
-        return []
+        info(f"{error}: it is now {aside.name}; the new log keeps its first {len(rows)} rows")
+    return rows
 
 
 def parse_row(path: str | Path, line: str) -> Row:

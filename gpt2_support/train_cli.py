@@ -9,7 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2_support import cli, folders, hub, run_folder
+from gpt2_support import checkpoint, cli, folders, hub, run_folder
 from gpt2_support.data_parallel import thread_counts
 from gpt2_support.datasets import is_text
 from gpt2_support.messages import info
@@ -244,6 +244,26 @@ def choose_threads(args: Namespace, config: Any, n_embd: int) -> list[int]:
         return [args.threads]
     n_rows = config.batch_size // config.ranks
     return thread_counts(n_rows, config.seq_len, n_embd, args.group.n_cores)
+
+
+def check_same_run(args: Namespace, model: Config, data: dict[str, str]) -> None:
+    """Raise ValueError if --resume is to go on with another model or other data."""
+    if model != args.state.params.config:
+        raise ValueError(
+            f"{args.out}: the run has {args.state.params.config}; that cannot be changed"
+        )
+    if not args.other_data:
+        checkpoint.check_data(args.out, args.state.data, data)
+
+
+def window_lengths(args: Namespace, n_ctx: int) -> tuple[int, int]:
+    """Return --seq_len and --stride of an evaluation; raises ValueError if they do not fit."""
+    seq_len = args.seq_len or n_ctx
+    stride = args.stride or seq_len
+    if not stride <= seq_len <= n_ctx:
+        limits = f"--stride {stride} <= --seq_len {seq_len} <= n_ctx {n_ctx}"
+        raise ValueError(f"expected {limits}")
+    return seq_len, stride
 
 
 def describe(state: Any, n_tokens: int, seconds: float, head_rows: int) -> None:

@@ -392,7 +392,9 @@ def test_best_model_that_a_kill_has_kept_from_its_name_is_written_again(
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"val_loss": "low"}', "{}", "\0\0\0"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"val_loss": 1' + "0" * 400 + "}", '{"val_loss": "low"}', "{}", "\0\0\0"]
+)
 def test_damaged_loss_of_the_best_model_is_ignored(tmp_path, text, capsys):
     checkpoint.save_best(tmp_path / "best", train.init_params(TINY), 2.5)
     assert checkpoint.best_loss(tmp_path) == 2.5

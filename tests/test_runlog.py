@@ -74,8 +74,9 @@ def test_damaged_log_is_set_aside_and_the_run_goes_on(trained, call, damage):
     (trained / "log.damaged.csv").write_text("an older one")
     done = call(train, "--resume", "--out", trained, "--steps", 8)
     assert done.returncode == 0, done.stderr
-    assert "it is now log.damaged1.csv, and a new log begins" in done.stderr
-    assert [row["step"] for row in runlog.read_log(path)] == ["7", "8"]
+    kept = ["1", "2"] if damage == "zeros of a power cut" else []
+    assert f"it is now log.damaged1.csv; the new log keeps its first {len(kept)}" in done.stderr
+    assert [row["step"] for row in runlog.read_log(path)] == [*kept, "7", "8"]
     assert (trained / "log.damaged.csv").read_text() == "an older one"
     if damage != "a folder":
         assert (trained / "log.damaged1.csv").read_bytes() == before
