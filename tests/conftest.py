@@ -231,9 +231,12 @@ def fish(text, out):
 
 
 @pytest.fixture
-def no_picture(monkeypatch):
-    """Draw no loss.png, which takes longer than the training of these tests."""
+def no_picture(monkeypatch, tmp_path_factory):
+    """Draw no loss.png, here and in programs, which takes longer than the training of tests."""
     monkeypatch.setattr("gpt2_support.runlog.plot_log", lambda rows, path: None)
+    folder = tmp_path_factory.mktemp("none")
+    (folder / "matplotlib.py").write_text("raise ImportError('not in this test')\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
 
 
 @pytest.fixture

@@ -258,7 +258,7 @@ def test_ranks_have_the_losses_of_one_process(mpi, alone, tmp_path, n):
         np.testing.assert_allclose(actual[case], alone[case], rtol=1e-8)
 
 
-def test_command_on_two_ranks_does_what_one_process_does(mpi, call, fish, text):
+def test_command_on_two_ranks_does_what_one_process_does(no_picture, mpi, call, fish, text):
     one = call(train, *fish("--out", text.parent / "one")[1:])
     two = mpi(2, *fish())
     sharded = mpi(2, *fish("--out", text.parent / "sharded", "--shard"))
@@ -557,6 +557,7 @@ def test_scaling_predict_prints_tables(scaling, capsys, tmp_path):
     assert not plot or picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_scaling_measures_steps_on_two_ranks(mpi):
     arguments = ["--model", "stories", "--batch_size", "2", "--seq_len", "16", "--steps", "2"]
     done = mpi(2, "benchmarks/scaling.py", "measure", *arguments, "--shard")

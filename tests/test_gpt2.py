@@ -35,6 +35,11 @@ MINI = Config(n_vocab=7, n_ctx=5, n_embd=4, n_head=2, n_layer=2)  # for numeric 
 EPS = {np.float32: 1e-5, np.float64: 1e-12}  # how far two orders of the same sums may differ
 
 
+def only_thorough(value):
+    """A value of a parameter that quick runs leave out."""
+    return pytest.param(value, marks=pytest.mark.thorough)
+
+
 def normal(*shape, seed=2):
     return np.random.default_rng(seed).standard_normal(shape)
 
@@ -173,7 +178,7 @@ def several_blocks():
         yield
 
 
-@pytest.mark.parametrize("n_rows", [1, 2, 64])
+@pytest.mark.parametrize("n_rows", [only_thorough(1), 2, only_thorough(64)])
 @pytest.mark.parametrize(
     "positions",
     [[[0, 1, 2]], [[2, 3, 4]], [[0, 1, 2], [2, 3, 4]], [[4, 4, 4]]],
@@ -1127,9 +1132,7 @@ def test_next_token_probs_at_temperature_0_is_argmax_alone():
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-@pytest.mark.parametrize(
-    "dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.thorough)]
-)
+@pytest.mark.parametrize("dtype", [np.float32, only_thorough(np.float64)])
 def test_sample_frequencies_are_the_probabilities(sampling, dtype, n_draws):
     logits = (2 * normal(12)).astype(dtype)
     expected = reference_probs(logits, **sampling)
@@ -1423,8 +1426,8 @@ def test_generate_penalises_the_whole_history():
     assert actual != reference_generate(params, prompt, 12)
 
 
-@pytest.mark.parametrize("n_ctx", [1, 2, 3, 4, 5, 16])
-@pytest.mark.parametrize("n_prompt", [1, 2, 15, 16])
+@pytest.mark.parametrize("n_ctx", [1, 2, only_thorough(3), only_thorough(4), 5, 16])
+@pytest.mark.parametrize("n_prompt", [1, only_thorough(2), 15, 16])
 def test_generate_past_n_ctx_goes_on_from_the_last_half_of_the_window(n_ctx, n_prompt):
     params = random_params(Config(61, n_ctx, 12, 3, 2))
     prompt = random_tokens(min(n_prompt, n_ctx)).tolist()

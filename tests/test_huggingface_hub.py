@@ -110,7 +110,7 @@ def test_greedy_ids_of_the_reference_model_from_nothing(site, models, call, shar
     np.testing.assert_allclose(logits, reference["logits"], atol=2e-5)
 
 
-def test_every_command_takes_a_name(site, models, call, tmp_path):
+def test_every_command_takes_a_name(no_picture, site, models, call, tmp_path):
     site.repositories |= {f"someone/{i}": site.repositories[NAME] for i in range(4)}
     text = tmp_path / "text.txt"
     text.write_text("the cat and the hat. " * 40)

@@ -418,7 +418,9 @@ def test_float64_would_be_seen():
 
 
 @pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.thorough), 2])
-def test_same_seed_gives_the_same_run_in_every_process(tmp_path, call, run, monkeypatch, threads):
+def test_same_seed_gives_the_same_run_in_every_process(
+    no_picture, tmp_path, call, run, monkeypatch, threads
+):
     """Losses, parameters and samples, bit for bit, whatever Python's hash seed is."""
     text = tmp_path / "text.txt"
     text.write_text("The cat sat on the mat. The dog sat on the log.\n" * 60, encoding="utf-8")

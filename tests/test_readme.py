@@ -132,8 +132,10 @@ def test_readme_has_commands_for_each_program():
     assert {*map(program_of, COMMANDS)} == {*PROGRAMS}
 
 
-def test_commands_of_the_readme_run(run, thorough):
+def test_commands_of_the_readme_run(run, thorough, request):
     """In their order, since one uses what another wrote; in a quick run the first of a program."""
+    if not thorough:
+        request.getfixturevalue("no_picture")
     first = {program_of(command): command for command in reversed(COMMANDS)}
     for command in COMMANDS if thorough else first.values():
         short = "" if {"--help", "--eval_only"} & {*command} else SMALL.get(program_of(command), "")

@@ -15,6 +15,7 @@ from gpt2_support import files, weights
 from gpt2_support.formats import llmc, tensorflow, token_table
 
 
+@pytest.mark.thorough
 def test_openai_checkpoint_of_tensorflow_converts_exactly(shared, tmp_path):
     folder = shared("openai_tiny")
     weights.convert(folder, tmp_path)
