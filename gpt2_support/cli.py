@@ -154,6 +154,8 @@ class ArgumentParser(argparse.ArgumentParser):
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         for arg in unknown:
             flag = "--" + arg.partition("=")[0].lstrip("-")
+            if arg in flags:
+                return "; flags come before --"
             if arg.startswith("-") and (close := difflib.get_close_matches(flag, flags, 1, 0.7)):
                 return f"; did you mean {close[0]}?"
         if self.guess and not any(arg.startswith("--") for arg in unknown):
@@ -161,6 +163,9 @@ class ArgumentParser(argparse.ArgumentParser):
         return ""
 
     def error(self, message: str) -> NoReturn:
+        flag = message.removeprefix("argument ").removesuffix(": expected one argument")
+        if getattr(self._option_string_actions.get(flag), "type", None) is text:
+            message += f"; one that begins with a dash is given as {flag}=-..."
         info(f"{self.prog}: error: {one_line(message)} (see --help)")
         sys.exit(2)
 
@@ -248,7 +253,7 @@ def status_of(function: Callable[[], object]) -> int | str | None:
         return 130
     except BrokenPipeError:  # whoever read the output, `head` say, has had enough
         return 1
-    except (ValueError, OSError, ImportError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, OverflowError) as error:
         name = Path(sys.argv[0]).name.removesuffix(".exe")
         nameless = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
         return printable(f"{name}: error: {one_line(str(error)) or nameless}", sys.stderr)

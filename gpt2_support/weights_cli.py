@@ -16,6 +16,7 @@ from gpt2_support.hub import (
     download,
     resolve_name,
 )
+from gpt2_support.messages import info
 from gpt2_support.weights import convert
 
 if TYPE_CHECKING:
@@ -52,7 +53,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_download(commands)
     add_convert(commands)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "download" and args.base_url and args.name not in MODEL_NAMES:
+        reason = f"{args.name} comes from the Hugging Face hub"
+        parser.error(f"argument --base_url: it would do nothing, since {reason}")
+    return args
 
 
 def add_download(commands: Commands) -> None:
@@ -113,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line: `python utils.py --help`."""
     args = parse_args(argv)
     if args.command == "download":
-        download(args.name, args.models_dir, args.base_url, args.keep)
+        folder = download(args.name, args.models_dir, args.base_url, args.keep)
+        if args.keep and not any((folder / name).exists() for name in ("openai", "huggingface")):
+            info("--keep: the files as they came are not there any more")
     else:
         convert(args.source, args.target, args.to, args.overwrite)
 
