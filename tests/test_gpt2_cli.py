@@ -358,10 +358,28 @@ def test_cli_with_nobody_reading_its_output_says_nothing(random_model):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a parent cannot close it there")
-def test_cli_without_standard_output_has_no_traceback(random_model):
-    argv = [sys.executable, gpt2.__file__, "a", "--model", str(random_model)]
-    done = subprocess.run(argv, stdout=None, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
-    assert b"Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    "closed, status, shown",
+    [
+        pytest.param([0], 1, "standard input is closed", marks=pytest.mark.thorough),
+        pytest.param([1], 0, "prefill", marks=pytest.mark.thorough),
+        ([2], 0, "sat"),  # and no --stats
+        pytest.param([0, 1, 2], 1, "", marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
+def test_cli_with_closed_streams_shows_what_it_can(cat, closed, status, shown):
+    prompt = "-" if 0 in closed else "The cat"
+    done = subprocess.run(
+        [sys.executable, gpt2.__file__, prompt, "--model", str(cat), "--stats"],
+        **dict.fromkeys(("stdout", "stderr"), subprocess.PIPE),
+        preexec_fn=lambda: [os.close(stream) for stream in closed],
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == status
+    assert shown in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and "prefill" not in done.stdout
 
 
 def test_cli_stats_of_nothing_generated(cli, cat):
