@@ -24,20 +24,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from gpt2_support import blas, cli, gpt2_cli, hub, streaming, tiles  # isort: skip (blas before NumPy)
+# The package comes before NumPy, whose BLAS it configures.
+from gpt2_support import blas, checks, cli, gpt2_cli, hub, streaming, tiles  # isort: skip
 
 import numpy as np
 
 from gpt2_support.blas import accumulate_matmul, matmul, mean_last, sum_last
-from gpt2_support.checks import (
-    IGNORE_INDEX,
-    check_prompts,
-    check_sampling,
-    check_targets,
-    check_tokenizer,
-    check_tokens,
-    check_vocabulary,
-)
+from gpt2_support.checks import IGNORE_INDEX
 from gpt2_support.prompts import answer_prompts
 from gpt2_support.weights import load_params
 
@@ -55,7 +48,6 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
     from gpt2_support.params import MLP, Attention, Block, Config, LayerNorm, Linear, Params
 
     Prompt: TypeAlias = Sequence[int] | Integer[ndarray, " T"]
-    Floats: TypeAlias = Float[ndarray, "..."]
     AnyRows: TypeAlias = Float[ndarray, "*N C"]
     Rows: TypeAlias = Float[ndarray, "N C"]
     Stream: TypeAlias = Float[ndarray, "B T C"]
@@ -71,8 +63,14 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
 # ----------------------------------------------------------------------------------------------
 # The layers
 
-
+# What a backward needs of its forward.
 EmbedCache = namedtuple("EmbedCache", "tokens positions")
+LayerNormCache = namedtuple("LayerNormCache", "xhat rstd")
+GeluCache = namedtuple("GeluCache", "x tanh")
+AttentionCache = namedtuple("AttentionCache", "x q k v att heads")
+MLPCache = namedtuple("MLPCache", "x fc gelu")
+BlockCache = namedtuple("BlockCache", "ln_1 attn ln_2 mlp")
+CrossEntropyCache = namedtuple("CrossEntropyCache", "exp total targets")
 
 
 def embed(tokens: Tokens, positions: Positions, p: Params) -> tuple[Stream, EmbedCache]:
@@ -88,9 +86,6 @@ def embed_backward(dout: Stream, cache: EmbedCache, d: Params) -> None:
     """dwte[tokens] += dout;  dwpe[positions] += dout, for positions (1, T)."""
     d.wpe[cache.positions[0]] += dout.sum(0)
     np.add.at(d.wte, cache.tokens, dout)  # `d.wte[tokens] += dout` adds a repeated token once
-
-
-LayerNormCache = namedtuple("LayerNormCache", "xhat rstd")
 
 
 def layer_norm(x: AnyRows, p: LayerNorm, eps: float = 1e-5) -> tuple[AnyRows, LayerNormCache]:
@@ -139,9 +134,6 @@ def as_rows(x: AnyRows) -> Rows:
 GELU_SCALE = math.sqrt(2 / math.pi)  # math, not np: a NumPy scalar would turn float32 into float64
 
 
-GeluCache = namedtuple("GeluCache", "x tanh")
-
-
 def gelu(x: AnyRows) -> tuple[AnyRows, GeluCache]:
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), elementwise.
 
@@ -159,7 +151,7 @@ def gelu_backward(dout: AnyRows, cache: GeluCache) -> AnyRows:
     return (slope + tanh + 1) * dout * 0.5
 
 
-def softmax(x: Float[ndarray, "*N S"]) -> Float[ndarray, "*N S"]:
+def softmax(x: AnyRows) -> AnyRows:
     """exp(x) / sum(exp(x)) along the last axis, in place.
 
     Subtracts the row maximum so that exp cannot overflow.
@@ -170,9 +162,7 @@ def softmax(x: Float[ndarray, "*N S"]) -> Float[ndarray, "*N S"]:
     return x
 
 
-def softmax_backward(
-    dout: Float[ndarray, "*N S"], out: Float[ndarray, "*N S"]
-) -> Float[ndarray, "*N S"]:
+def softmax_backward(dout: AnyRows, out: AnyRows) -> AnyRows:
     """dx = out (dout - sum(dout out)), in place of dout."""
     dout -= sum_last(dout, out)
     dout *= out
@@ -214,9 +204,6 @@ def scaled_dot_product_attention_backward(
     datt = softmax_backward(datt, att)
     datt *= 1 / math.sqrt(q.shape[-1])
     return datt @ k, datt.swapaxes(-1, -2) @ q, dv
-
-
-AttentionCache = namedtuple("AttentionCache", "x q k v att heads")
 
 
 def attention(
@@ -262,9 +249,6 @@ def merge_heads(x: Heads) -> Float[ndarray, "B T H*D"]:
     return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
 
 
-MLPCache = namedtuple("MLPCache", "x fc gelu")
-
-
 def mlp(x: Stream, p: MLP) -> tuple[Stream, MLPCache]:
     """Two linear layers with GELU between them, 4C wide inside: (B, T, C) -> (B, T, C).
 
@@ -282,9 +266,6 @@ def mlp_backward(dout: Stream, cache: MLPCache, p: MLP, d: MLP) -> Stream:
     dh = linear_backward(dout, h, p.c_proj, d.c_proj)
     dh = gelu_backward(dh, fc)
     return linear_backward(dh, x, p.c_fc, d.c_fc)
-
-
-BlockCache = namedtuple("BlockCache", "ln_1 attn ln_2 mlp")
 
 
 def block(
@@ -332,7 +313,7 @@ def forward(
     "logits". Their shapes begin with B only if that of `tokens` does.
     Raises ValueError for an id outside the vocabulary or a position beyond n_ctx.
     """
-    batch, is_single = check_tokens(params, tokens, kv), np.ndim(tokens) == 1
+    batch, is_single = checks.check_tokens(params, tokens, kv), np.ndim(tokens) == 1
     activations: dict[str, ndarray] = {}
     x = transformer(params, batch, kv, ignore if record is None else recorder(params, activations))
     logits = x @ params.wte.T  # tied weights: Press and Wolf 2016, arXiv:1608.05859
@@ -360,7 +341,7 @@ def transformer(
     positions = start[:, None] + np.arange(tokens.shape[1])  # (B or 1, T)
     x = hook("embed", *embed(tokens, positions, params))
     for i, p in enumerate(params.h):
-        past = None if kv is None else kv.layer(i)
+        past = None if kv is None else Past(*kv.buffer[i])
         x = hook(f"h{i}", *block(x, p, params.config.n_head, positions, past))
     if kv is not None:
         kv.length += tokens.shape[1]
@@ -408,9 +389,6 @@ def block_activations(cache: BlockCache, p: Block) -> dict[str, ndarray]:
 
 # ----------------------------------------------------------------------------------------------
 # The loss
-
-
-CrossEntropyCache = namedtuple("CrossEntropyCache", "exp total targets")
 
 
 def cross_entropy(
@@ -476,7 +454,7 @@ def token_losses(params: Params, tokens: ArrayLike, targets: ArrayLike) -> Float
 
     It is 0 where the target is -1. Raises ValueError for ids that the model cannot take.
     """
-    tokens, flat_targets, _ = check_targets(params, tokens, targets)
+    tokens, flat_targets, _ = checks.check_targets(params, tokens, targets)
     x = transformer(params, tokens)
     losses, _ = lm_head_loss(as_rows(x), params.wte, flat_targets)
     return losses.reshape(np.shape(targets))
@@ -497,7 +475,7 @@ def loss_and_grads(
     Raises ValueError as `forward` does, or for targets of another shape, outside the vocabulary,
     or, without n_counted, all -1.
     """
-    tokens, targets, n_counted = check_targets(params, tokens, targets, n_counted)
+    tokens, targets, n_counted = checks.check_targets(params, tokens, targets, n_counted)
     grads = params.zeros_like() if grads is None else grads
     caches: Caches = {}
 
@@ -527,10 +505,6 @@ class KVCache:
         shape = (2, batch_size, config.n_head, config.n_ctx, config.n_embd // config.n_head)
         self.buffer = np.zeros((config.n_layer, *shape), dtype)
         self.length = np.zeros(batch_size, int)
-
-    def layer(self, i: int) -> Past:
-        """Return the keys and values of layer i."""
-        return Past(*self.buffer[i])
 
     def row(self, b: int) -> KVCache:
         """Return row b as a KVCache of batch size 1 that shares this one's memory."""
@@ -580,7 +554,7 @@ def next_token_probs(
     (Holtzman et al. 2019, arXiv:1904.09751); the most probable id is then the first. Of equal
     logits the lower id counts as the more probable, as in argmax. Temperature 0 leaves argmax only.
     """
-    temperature, top_k, top_p, *_ = check_sampling(temperature, top_k, top_p)
+    temperature, top_k, top_p, *_ = checks.check_sampling(temperature, top_k, top_p)
     best = logits.argmax()  # NaN, if there is one
     if not math.isfinite(logits[best]):
         raise ValueError("the logits are not finite: the model is damaged or has diverged")
@@ -658,11 +632,9 @@ def generate(
     Raises ValueError for a prompt longer than n_ctx, ids outside the vocabulary, or a sampling
     parameter out of range.
     """
-    limits = temperature, top_k, top_p, repetition_penalty, seed
-    temperature, top_k, top_p, repetition_penalty, seed = check_sampling(*limits)
-    n_vocab, eot = check_vocabulary(params, n_vocab, eot)
-    prompts, is_single = check_prompts(params, tokens, n_tokens, eot)
-    sampling = temperature, top_k, top_p, seed, repetition_penalty
+    sampling = checks.check_sampling(temperature, top_k, top_p, seed, repetition_penalty)
+    n_vocab, eot = checks.check_vocabulary(params, n_vocab, eot)
+    prompts, is_single = checks.check_prompts(params, tokens, n_tokens, eot)
     steps = (ids for ids, _ in decode(params, prompts, n_tokens, *sampling, eot, n_vocab))
     going = itertools.takewhile(lambda ids: any(id != eot for id in ids), steps)
     return (ids[0] for ids in going) if is_single else going
@@ -753,7 +725,7 @@ def load(name: str | Path = "124M", models_dir: str | Path = hub.MODELS_DIR) -> 
 
 def write_samples(params: Params, enc: Encoder, args: argparse.Namespace, ids: list[int]) -> str:
     """Continue a prompt, write the text to standard output as `streaming` shows it, return it."""
-    prompts, _ = check_prompts(params, [ids] * args.n_samples, args.n_tokens, enc.eot)
+    prompts, _ = checks.check_prompts(params, [ids] * args.n_samples, args.n_tokens, enc.eot)
     limits = args.temperature, args.top_k, args.top_p
     sampling = *limits, args.seed, args.repetition_penalty, enc.eot, enc.n_vocab
 
@@ -776,7 +748,7 @@ def main(argv: list[str] | None = None) -> None:
         path = hub.find_model(args.model, args.models_dir)
     params = load_params(path)
     enc = encoder.load(path if path.is_dir() else path.parent)
-    check_tokenizer(path, params.config, enc.n_vocab)
+    checks.check_tokenizer(path, params.config, enc.n_vocab)
     answer_prompts(args, enc, params.config.n_ctx, partial(write_samples, params, enc, args))
 
 

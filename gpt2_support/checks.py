@@ -165,9 +165,9 @@ def check_sampling(
     temperature: SupportsFloat = 0.0,
     top_k: SupportsIndex | None = None,
     top_p: SupportsFloat | None = None,
-    repetition_penalty: SupportsFloat = 1.0,
     seed: int | None = None,
-) -> tuple[float, int | None, float | None, float, int | None]:
+    repetition_penalty: SupportsFloat = 1.0,
+) -> tuple[float, int | None, float | None, int | None, float]:
     """Return the sampling parameters as floats and ints; raise ValueError with value and limit."""
     t, p, penalty = to_float(temperature), to_float(top_p), to_float(repetition_penalty)
     if not 0 <= t < math.inf:
@@ -178,7 +178,7 @@ def check_sampling(
         raise ValueError(f"repetition_penalty = {repetition_penalty} is not a finite number over 0")
     k = None if top_k is None else check_whole("top_k", top_k, 1)
     seed = None if seed is None else check_whole("seed", seed)
-    return t, k, None if top_p is None else p, penalty, seed
+    return t, k, None if top_p is None else p, seed, penalty
 
 
 def check_vocabulary(
