@@ -339,19 +339,18 @@ def replace_pair(ids: list[int], pair: Pair, new: int) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line: `python encoder.py --help`."""
     args = encoder_cli.parse_args(argv)
-    n_bytes = corpus.total_bytes(args.texts)
     if args.command == "train":
-        train(corpus.read_texts(args.texts), args.n_vocab).save(args.out)
-        summary = f"learned {args.n_vocab} tokens from {n_bytes:,} bytes: {args.out}"
+        texts = encoder_cli.find_texts(args)
+        train(corpus.read_texts(texts), args.n_vocab).save(args.out)
+        n_bytes = corpus.total_bytes(texts)
+        messages.info(f"learned {args.n_vocab} tokens from {n_bytes:,} bytes: {args.out}")
+    elif args.command == "encode":
+        texts, enc = encoder_cli.find_texts(args), load(args.tokenizer)
+        counts = corpus.encode_files(enc, texts, args.out, args.docs, args.n_procs)
+        enc.save(corpus.tokenizer_path(args.out))
+        encoder_cli.summarize(args.out, *counts)
     else:
-        enc = load(args.tokenizer)
-        counts = corpus.encode_files(enc, args.texts, args.out, args.docs, args.n_procs)
-        n_tokens, n_docs, n_bytes = counts
-        summary = (
-            f"{n_tokens:,} tokens in {n_docs:,} documents, {n_bytes / n_tokens:.2f} bytes a token: "
-            f"{args.out}"
-        )
-    messages.info(summary)
+        encoder_cli.show_or_decode(load(args.tokenizer), args)
 
 
 def command() -> None:

@@ -83,6 +83,7 @@ class TrainConfig:
     data: str | None = None  # where the tokens come from, for --resume
     val_data: str | None = None
     docs: str = "eot"
+    raw: bool = False  # the data are uint16 without a header, as nanoGPT's
     steps: int = 2000
     batch_size: int = 16  # windows a micro-batch, over all ranks
     seq_len: int = 128  # tokens a window
@@ -484,9 +485,9 @@ def find_tokenizer(args: Namespace) -> Encoder:
 
 def read_tokens(args: Namespace, enc: Encoder) -> tuple[ndarray, ndarray]:
     """Return the ids to train on and to validate with."""
-    tokens = datasets.read_tokens(args.data, enc, args.docs)
+    tokens = datasets.read_tokens(args.data, enc, args.docs, args.raw)
     if args.val_data:
-        return tokens, datasets.read_tokens(args.val_data, enc, args.docs)
+        return tokens, datasets.read_tokens(args.val_data, enc, args.docs, args.raw)
     n = len(tokens) - len(tokens) // 10
     return tokens[:n], tokens[n:]
 
@@ -548,7 +549,7 @@ def eval_command(args: Namespace) -> None:
     params = gpt2.load(args.init, args.models_dir)
     enc = find_tokenizer(args)
     check_tokenizer(args.init, params.config, enc.n_vocab)
-    tokens = datasets.read_tokens(args.data, enc, args.docs)
+    tokens = datasets.read_tokens(args.data, enc, args.docs, args.raw)
     seq_len, stride = train_cli.window_lengths(args, params.config.n_ctx)
     result = evaluate(params, tokens, datasets.token_lengths(enc), seq_len, stride)
     write(

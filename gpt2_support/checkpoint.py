@@ -121,7 +121,9 @@ def make_settings(cls: type[Dataclass], values: dict) -> Dataclass:
         low = 1 if annotation is int and name not in MAY_BE_ZERO else 0
         good = isinstance(value, annotation | int if annotation is float else annotation)
         if isinstance(value, int | float):
-            good = good and low <= value < math.inf and type(value) is not bool
+            good = (
+                good and low <= value < math.inf and (type(value) is bool) == (annotation is bool)
+            )
         if not good:
             raise ValueError(f"{name} = {value!r}")
     return settings

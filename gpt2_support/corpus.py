@@ -247,3 +247,8 @@ def encode_files(
         n_procs = min(n_procs, 1 + n_bytes // (8 * chunk_size))
         n_tokens = llmc.save_tokens(out, encode_batches(enc, batches, n_procs), enc.n_vocab)
     return n_tokens, n_docs, n_bytes
+
+
+def tokenizer_path(tokens: Path) -> Path:
+    """Return where the tokenizer of a tokens .bin is kept: `stories.tokenizer.bin`, beside it."""
+    return tokens.with_name(f"{tokens.name.removesuffix('.bin')}.tokenizer.bin")

@@ -1,8 +1,9 @@
 """Data sets for training: token ids from a text file, which is encoded once, or a tokens .bin.
 
-The tokens of a text, and the vocabulary learned from it, are kept in a cache folder. Their names
-are hashes of the text's contents and of what else decides them, so another text never has them.
-Files there can be removed at any time.
+A text may be the name of a data set, which is fetched at first use. The tokens of a text, and the
+vocabulary learned from it, are kept in a cache folder. Their names are hashes of the text's
+contents and of what else decides them, so another text never has them. Files there can be removed
+at any time.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from gpt2_support import corpus, folders
-from gpt2_support.files import file_hash
-from gpt2_support.formats import llmc
+from gpt2_support import cli, corpus, folders, huggingface_hub
+from gpt2_support.files import file_hash, hold_lock
+from gpt2_support.formats import llmc, nanogpt
+from gpt2_support.http import Effort, fetch, public
 from gpt2_support.messages import info
 
 if TYPE_CHECKING:
@@ -35,17 +37,99 @@ if TYPE_CHECKING:
         def save(self, path: Path) -> None: ...
 
 
+class DataSet(NamedTuple):
+    """A text that is fetched by its name."""
+
+    url: str
+    size: int | None = None  # in bytes, if it is known
+    sha256: str | None = None
+
+
+TINY_STORIES = "/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"  # on the hub
+KARPATHY = "https://raw.githubusercontent.com/karpathy/"
+DATA_SETS = {
+    "tinystories": DataSet(f"{TINY_STORIES}train.txt"),
+    "tinystories_val": DataSet(f"{TINY_STORIES}valid.txt"),
+    "tinyshakespeare": DataSet(
+        f"{KARPATHY}char-rnn/master/data/tinyshakespeare/input.txt",
+        1_115_394,
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+    "names": DataSet(
+        f"{KARPATHY}makemore/master/names.txt",
+        228_145,
+        "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d",
+    ),
+}
+MAX_BYTES = 10**10  # of a data set whose size is not known
+
+
+# ----------------------------------------------------------------------------------------------
+# Finding a text or a file of tokens
+
+
+def find(name: Path) -> Path:
+    """Return the path of a text or a tokens .bin: `name` itself, or the data set of that name.
+
+    A data set is fetched at first use. Raises FileNotFoundError that says how to make a file.
+    """
+    if name.exists() and not (name.is_dir() and str(name) in DATA_SETS):
+        return name
+    if str(name) in DATA_SETS:
+        return download(str(name))
+    fetched = folders.datasets_dir() / name
+    if str(name.with_suffix("")) in DATA_SETS and fetched.is_file():
+        return fetched
+    raise FileNotFoundError(f"{name}: no such file{advice(name)}")
+
+
+def advice(name: Path) -> str:
+    """Return how to make a file that is not there, by its name."""
+    commands, stem = [], name.stem
+    if stem in DATA_SETS:
+        commands.append(cli.command("utils.py", "download", stem))
+    if name.suffix == ".bin":
+        text = f"{stem}.txt" if stem in DATA_SETS else name.with_suffix(".txt")
+        commands.append(cli.command("encoder.py", "encode", text, "--out", name))
+    if commands:
+        return f"; make it with: {' and then: '.join(commands)}"
+    return f", nor a data set of that name ({', '.join(DATA_SETS)})"
+
+
+def download(name: str, effort: Effort = Effort()) -> Path:  # noqa: B008 (it cannot be changed)
+    """Fetch a data set, unless it is there, and return its path; raises as `http.fetch` does."""
+    url, size, sha256 = DATA_SETS[name]
+    url = huggingface_hub.endpoint() + url if url.startswith("/") else url
+    path = folders.datasets_dir() / f"{name}.txt"
+    if path.is_file():
+        return path
+    info(f"{path}: fetching {f'{size:,} bytes' if size else 'the text'} from {public(url)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with hold_lock(path.with_name(f".{name}.lock")):
+            if not path.is_file():  # another process may have fetched it
+                fetch(url, path, size or MAX_BYTES, sha256, effort=effort)
+    except ConnectionError as error:
+        others = f"Run this again to go on from here, or put the text at {path}"
+        raise ConnectionError(f"{error}. {others}") from None
+    return path
+
+
 def is_text(path: Path) -> bool:
-    """Tell a text file from a tokens .bin, by its name and its first bytes."""
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder, expected a text file or a tokens .bin")
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
+    """Tell a text file, or the name of a data set, from a tokens .bin: by name and first bytes."""
+    if str(path) in DATA_SETS and not path.is_file():
+        return True
+    path = find(path)
     if not path.is_file():
-        raise ValueError(f"{path}: is not a regular file, expected a text file or a tokens .bin")
+        actual = "a folder" if path.is_dir() else "not a regular file"
+        raise ValueError(f"{path}: is {actual}, expected a text file or a tokens .bin")
+    return path.suffix != ".bin" and magic_number(path) != llmc.TOKENS_MAGIC
+
+
+def magic_number(path: Path) -> int:
+    """Return the number with which a file begins, by which a tokens .bin is known."""
     with open(path, "rb") as file:
-        magic = int.from_bytes(file.read(4), "little")
-    return path.suffix != ".bin" and magic != llmc.TOKENS_MAGIC
+        return int.from_bytes(file.read(4), "little")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -87,6 +171,7 @@ def learn_tokenizer(
 
     `train` learns it from the text in chunks, unless it has been learned before.
     """
+    text = find(text)
     digest = text_digest(text)
     path = cache_path(text, digest, b"a tokenizer of %d" % n_vocab)
     if not path.exists():
@@ -131,20 +216,32 @@ def encode_text(text: Path, enc: Encoder, docs: str) -> Path:
 
 
 def tokenizer_beside(tokens: Path) -> Path:
-    """Return the path of the tokenizer.bin beside a tokens .bin."""
-    path = tokens.with_name("tokenizer.bin")
-    if not path.exists():
-        raise ValueError(f"{tokens}: no tokenizer.bin beside it: give its --tokenizer")
-    return path
+    """Return the path of the tokenizer beside a tokens .bin: its own, or else tokenizer.bin."""
+    names = (corpus.tokenizer_path(tokens), tokens.with_name("tokenizer.bin"))
+    for path in names:
+        if path.exists():
+            return path
+    expected = " or ".join(path.name for path in names)
+    raise ValueError(f"{tokens}: no {expected} beside it: give its --tokenizer")
 
 
-def read_tokens(path: Path, enc: Encoder, docs: str) -> Integer[ndarray, " N"]:
+def read_tokens(path: Path, enc: Encoder, docs: str, raw: bool = False) -> Integer[ndarray, " N"]:
     """Return the ids (N,) of a tokens .bin, or of a text file.
 
-    Raises ValueError for ids that `enc` does not have, or a file made with another vocabulary.
+    A file without a header is read if `raw`, as nanoGPT's. Raises ValueError for ids that `enc`
+    does not have, or a file made with another vocabulary.
     """
-    path = encode_text(path, enc, docs) if is_text(path) else path
-    tokens, n_vocab = llmc.load_tokens(path)
+    if is_text(path):
+        path = encode_text(find(path), enc, docs)
+    if magic_number(path) in llmc.NAMES:
+        tokens, n_vocab = llmc.load_tokens(path)
+    elif raw:
+        tokens, n_vocab = nanogpt.load_tokens(path), 0
+    else:
+        raise ValueError(
+            f"{path}: not a tokens .bin as encoder.py makes them; with --raw it is read as one of "
+            "nanoGPT's, uint16 without a header"
+        )
     check_vocabulary(path, max_id(tokens), n_vocab, enc.n_vocab)
     return tokens
 

@@ -1,17 +1,37 @@
-"""The flags of encoder.py: its commands `train` and `encode`."""
+"""The flags of encoder.py: its commands `train`, `encode`, `show` and `decode`."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2_support import cli, corpus, folders
+from gpt2_support import cli, corpus, datasets, folders
 from gpt2_support.formats.token_table import EOT_TEXT, FILE_NAMES
+from gpt2_support.messages import info, write
+from gpt2_support.prompts import standard_input
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from typing import Protocol, runtime_checkable
+
+    @runtime_checkable
+    class Encoder(Protocol):
+        """What is needed of an encoder.Encoder."""
+
+        tokens: list[bytes]
+
+        def encode(self, text: str) -> list[int]: ...
+
+        def decode(self, ids: list[int]) -> str: ...
+
+
+TOKENIZER_HELP = (
+    "a tokenizer.bin, tokenizer.json or encoder.json, a folder with one, or the name of a model in "
+    "models/"
+)
 
 
 def vocabulary_size(text: str) -> int:
@@ -31,33 +51,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         examples=[
             "python encoder.py train stories.txt --out tokenizer.bin",
             "python encoder.py encode stories.txt --tokenizer 124M --out stories.bin",
+            'python encoder.py show "Once upon a time" --tokenizer stories',
             "python encoder.py encode --help",
         ],
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    names = ", ".join(datasets.DATA_SETS)
     for command in (add_train_command(commands), add_encode_command(commands)):
-        command.add_argument(
-            "texts", metavar="TEXT", nargs="+", type=Path, help="a text file (UTF-8)"
-        )
+        help = f"a text file (UTF-8), or the name of a data set to fetch: {names}"
+        command.add_argument("texts", metavar="TEXT", nargs="+", type=Path, help=help)
+    add_show_command(commands)
+    add_decode_command(commands)
     args = parser.parse_args(argv)
-    check_out(parser, args)
+    args.error = parser.error
     return args
 
 
-def check_out(parser: cli.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error about the arguments if --out is a file that is read, or not a file."""
-    if not args.out.exists():
-        return
-    if not args.out.is_file():
-        parser.error(f"--out {args.out} is not a file that can be replaced")
-    for path in inputs(args):
+def find_texts(args: argparse.Namespace) -> list[Path]:
+    """Return the paths of the texts, fetched if they are data sets, once --out is none of them.
+
+    Ends with an error about the arguments if it is, or if it is not a file.
+    """
+    texts = [datasets.find(text) for text in args.texts]
+    if args.out.exists() and not args.out.is_file():
+        args.error(f"--out {args.out} is not a file that can be replaced")
+    for path in (*texts, *tables(args)) if args.out.exists() else ():
         if path.exists() and path.samefile(args.out):
-            parser.error(f"--out {args.out} is {path}, which is read: give another --out")
+            args.error(f"--out {args.out} is {path}, which is read: give another --out")
+    return texts
 
 
-def inputs(args: argparse.Namespace) -> Iterator[Path]:
-    """Yield the paths that a command may read."""
-    yield from args.texts
+def tables(args: argparse.Namespace) -> Iterator[Path]:
+    """Yield the paths at which a command may find its token table."""
     if args.command == "encode":
         for path in (Path(args.tokenizer), *folders.candidates(args.tokenizer)):
             yield path
@@ -96,10 +121,73 @@ def add_encode_command(commands: argparse._SubParsersAction) -> cli.ArgumentPars
         ],
     )
     add, n_procs = parser.add_argument, os.cpu_count() or 1
-    tables = "a tokenizer.bin, tokenizer.json or encoder.json, a folder with one, or the name of a "
-    add("--tokenizer", type=str, default="124M", help=f"{tables}model in models/")
-    add("--out", type=Path, required=True, help="the file to write (required)")
+    add("--tokenizer", type=str, default="124M", help=TOKENIZER_HELP)
+    add("--out", type=Path, required=True, help="the file to write (required); the tokenizer goes "
+        "beside it, for train.py: stories.tokenizer.bin for stories.bin")  # fmt: skip
     docs = "what a document is: a whole file, a line (without its line end), or what lies between "
     add("--docs", choices=corpus.SEPARATORS, default="eot", help=f"{docs}lines of only {EOT_TEXT}")
     add("--n_procs", type=cli.positive_int, default=n_procs, help="processes to use")
     return parser
+
+
+def add_show_command(commands: argparse._SubParsersAction) -> None:
+    """Add the command `python encoder.py show`."""
+    parser = commands.add_parser(
+        "show",
+        help="show the tokens of a text",
+        description="Show the tokens of a text, one a line: its id, and the text or bytes that it "
+        "stands for.",
+        examples=['python encoder.py show "Hello, world!"'],
+    )
+    parser.add_argument("text", metavar="TEXT", nargs="+", help='the text; "-": standard input')
+    parser.add_argument("--tokenizer", type=str, default="124M", help=TOKENIZER_HELP)
+
+
+def add_decode_command(commands: argparse._SubParsersAction) -> None:
+    """Add the command `python encoder.py decode`."""
+    parser = commands.add_parser(
+        "decode",
+        help="turn token ids into text",
+        description="Print the text of token ids.",
+        examples=["python encoder.py decode 15496 11 995 0"],
+    )
+    add, ids = parser.add_argument, 'token ids, apart by spaces or commas; "-": standard input'
+    add("ids", metavar="ID", nargs="+", type=token_ids, help=ids)
+    add("--tokenizer", type=str, default="124M", help=TOKENIZER_HELP)
+
+
+def token_ids(text: str) -> list[int]:
+    """Return the ids in an argument, for argparse's `type=`: 5, or what Python prints of a list."""
+    text = standard_input().read() if text == "-" else text
+    if re.fullmatch(r"[\d\s,\[\]]*", text):
+        return [int(id) for id in re.findall(r"\d+", text)]
+    raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a token id, or a list of them")
+
+
+def table(enc: Encoder, text: str) -> str:
+    """Return the tokens of a text, a line each, as `show` prints them."""
+    lines = []
+    for id in enc.encode(text):
+        token = enc.tokens[id]
+        try:
+            lines.append(f"{id:6}  {token.decode()!r}")
+        except UnicodeDecodeError:  # a part of a character
+            lines.append(f"{id:6}  {token!r}")
+    return "\n".join(lines)
+
+
+def show_or_decode(enc: Encoder, args: argparse.Namespace) -> None:
+    """Do what the commands `show` and `decode` say."""
+    if args.command == "show":
+        text = standard_input().read() if args.text == ["-"] else " ".join(args.text)
+        write(table(enc, cli.text(text)))
+    else:
+        write(enc.decode([id for ids in args.ids for id in ids]))
+
+
+def summarize(out: Path, n_tokens: int, n_docs: int, n_bytes: int) -> None:
+    """Say what `encode` has written."""
+    info(
+        f"{n_tokens:,} tokens in {n_docs:,} documents, {n_bytes / n_tokens:.2f} bytes a token: "
+        f"{out}, and their tokenizer {corpus.tokenizer_path(out)}"
+    )

@@ -9,9 +9,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2_support import checkpoint, cli, folders, hub, run_folder
+from gpt2_support import checkpoint, cli, datasets, folders, hub, run_folder
 from gpt2_support.data_parallel import thread_counts
-from gpt2_support.datasets import is_text
 from gpt2_support.messages import info
 from gpt2_support.params import Config, named_shapes
 
@@ -47,7 +46,8 @@ DEFAULTS = {  # of the flags that are no settings of a run, or depend on the mod
 }
 
 MODEL = {"n_vocab", "n_layer", "n_head", "n_embd", "n_ctx"}
-EVALUATION = {"eval_only", "data", "docs", "tokenizer", "init", "models_dir", "seq_len", "stride"}
+EVALUATION = {"eval_only", "data", "docs", "raw", "tokenizer", "init", "models_dir", "seq_len"}
+EVALUATION |= {"stride"}
 
 positive, natural, number = cli.positive_int, cli.natural, cli.number
 
@@ -78,16 +78,19 @@ def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentPa
             group.add_argument(f"--{name}", default=defaults.get(name), help=help, **values)
         return group
 
-    add_group(
+    group = add_group(
         "data",
-        ("data", Path, "a text file, or a tokens .bin made by `encoder.py encode` (required "
-         "without --resume)"),
+        ("data", Path, "a text file, a tokens .bin made by `encoder.py encode`, or the name of a "
+         f"data set to fetch: {', '.join(datasets.DATA_SETS)} (required without --resume)"),
         ("val_data", Path, "the same for validation (default: the last tenth of --data)"),
         ("tokenizer", str, "a tokenizer file, or a folder or model that has one (default: that of "
-         "--init, or the tokenizer.bin beside a .bin, or one learned from the text)"),
+         "--init, or the one that `encode` left beside a .bin, or one learned from the text)"),
         ("n_vocab", positive, "size of the vocabulary that is learned from a text"),
         ("docs", [*docs], "what a document of a text is: see encoder.py encode"),
     )  # fmt: skip
+    group.add_argument(
+        "--raw", action="store_true", help="--data is nanoGPT's train.bin: uint16, without a header"
+    )
     add_group(
         "model",
         ("init", str, "scratch, or a model to fine-tune or evaluate, as for gpt2.py --model"),
@@ -186,7 +189,7 @@ def ignored_flags(args: Namespace, given: set[str]) -> Iterator[tuple[str, str]]
         (args.tokenizer, {"n_vocab"}, "--tokenizer has its own vocabulary"),
     ]
     for flag, paths in (("n_vocab", [args.data]), ("docs", [args.data, args.val_data])):
-        if flag in given and not any(is_text(Path(path)) for path in paths if path):
+        if flag in given and not any(datasets.is_text(Path(path)) for path in paths if path):
             rules.append((True, {flag}, "a tokens file is encoded already"))
     for applies, flags, reason in rules:
         for name in sorted(flags & given if applies else ()):
@@ -220,7 +223,7 @@ def fit_to_model(args: Namespace, model: Config) -> dict[str, Any]:
     min_lr = lr / 10 if args.min_lr is None else args.min_lr
     paths = {"data": args.data, "val_data": args.val_data}
     return {
-        **{name: path and str(path.resolve()) for name, path in paths.items()},
+        **{name: path and str(datasets.find(Path(path)).resolve()) for name, path in paths.items()},
         **{"seq_len": seq_len, "lr": lr, "min_lr": min_lr},
         **{"ranks": group.size, "threads": args.threads or 1},
     }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2_support import datasets
 from gpt2_support.cli import ArgumentParser, run
 from gpt2_support.hub import (
     MODEL_ALIASES,
@@ -26,14 +27,15 @@ if TYPE_CHECKING:
 
 NAME_HELP = (
     f"{', '.join(MODEL_NAMES)}, one of the aliases {', '.join(MODEL_ALIASES)}, or a GPT-2 of the "
-    "Hugging Face hub: distilgpt2, or owner/name[@revision]"
+    "Hugging Face hub: distilgpt2, or owner/name[@revision]; or a data set: "
+    f"{', '.join(datasets.DATA_SETS)}"
 )
 
 
 def model_name(text: str) -> str:
-    """Return the name of a model to download, for argparse's `type=`."""
+    """Return the name of a model or data set to download, for argparse's `type=`."""
     try:
-        return resolve_name(text)
+        return text if text in datasets.DATA_SETS else resolve_name(text)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
 
@@ -64,15 +66,17 @@ def add_download(commands: Commands) -> None:
     """Add the command `download` and its arguments."""
     parser = commands.add_parser(
         "download",
-        help="fetch a model and convert it",
+        help="fetch a model and convert it, or fetch a data set",
         description="Fetch one of OpenAI's models, or any GPT-2 of the Hugging Face hub that has "
         "safetensors, and convert it to models/<name>/model.bin and tokenizer.bin. A download that "
         "was interrupted goes on where it stopped; one that is done is left alone. Proxies are "
         "taken from HTTPS_PROXY and its relatives, a mirror of the hub from HF_ENDPOINT, a token "
-        "for private and gated models from HF_TOKEN.",
+        "for private and gated models from HF_TOKEN. A data set is a text, which goes to datasets/ "
+        "or to the folder that GPT2_DATASETS_DIR of the environment names.",
         examples=[
             "python utils.py download 124M",
             "python utils.py download distilgpt2",
+            "python utils.py download tinyshakespeare",
             "python utils.py download 355M --models_dir /data/models",
         ],
     )
@@ -117,7 +121,14 @@ def add_convert(commands: Commands) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line: `python utils.py --help`."""
     args = parse_args(argv)
-    if args.command == "download":
+    if args.command == "download" and args.name in datasets.DATA_SETS:
+        if args.models_dir != MODELS_DIR or args.base_url or args.keep:
+            raise ValueError(
+                f"{args.name}: a data set, and --models_dir, --base_url and --keep are for models; "
+                "name the folder of data sets with GPT2_DATASETS_DIR in the environment"
+            )
+        info(f"{datasets.download(args.name)}: downloaded")
+    elif args.command == "download":
         folder = download(args.name, args.models_dir, args.base_url, args.keep)
         if args.keep and not any((folder / name).exists() for name in ("openai", "huggingface")):
             info("--keep: the files as they came are not there any more")

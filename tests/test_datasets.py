@@ -1,15 +1,21 @@
 """Tests of gpt2_support/datasets.py; what needs a run is in test_train.py."""
 
+import hashlib
 import os
 import re
+from pathlib import Path
 
 import numpy as np
+import openai_files
 import pytest
 from texts import TEXT, with_eot
 
 import encoder
 import train
-from gpt2_support import corpus, datasets
+import utils
+from gpt2_support import corpus, datasets, folders
+from gpt2_support.formats import llmc
+from gpt2_support.http import Effort
 
 OTHER = TEXT[::-1]  # of the same length
 
@@ -40,6 +46,124 @@ def replace(path, text, how):
     else:
         path.write_bytes(text.encode())
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+# --- data sets by name --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A server of two data sets, the hashes of which are known."""
+    contents = {"names": b"emma\nolivia\nava\n" * 400, "tinystories": TEXT.encode() * 20}
+    (tmp_path / "site").mkdir()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with openai_files.serve(tmp_path / "site") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        for name, data in contents.items():
+            (tmp_path / "site" / f"{name}.txt").write_bytes(data)
+        digest = hashlib.sha256(contents["names"]).hexdigest()
+        size = len(contents["names"])
+        names = datasets.DataSet(f"{server.url}/names.txt", size, digest)
+        monkeypatch.setitem(datasets.DATA_SETS, "names", names)
+        monkeypatch.setitem(datasets.DATA_SETS, "tinystories", datasets.DataSet("/tinystories.txt"))
+        server.contents = contents
+        yield server
+
+
+def downloaded(name):
+    return folders.datasets_dir() / f"{name}.txt"
+
+
+@pytest.mark.parametrize("name", ["names", "tinystories"])
+def test_download_fetches_a_data_set_once_and_says_where_to(call, site, name):
+    for _ in range(2):
+        done = call(utils, "download", name)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines()[-1] == f"{downloaded(name)}: downloaded"
+    assert downloaded(name).read_bytes() == site.contents[name]
+    assert len(site.log) == 1
+    assert os.listdir(downloaded(name).parent) == [f"{name}.txt"]
+
+
+def test_download_says_beforehand_what_how_large_and_where(call, site):
+    first = call(utils, "download", "names").stderr.splitlines()[0]
+    size = f"{len(site.contents['names']):,} bytes"
+    assert first == f"{downloaded('names')}: fetching {size} from {site.url}/names.txt"
+
+
+@pytest.mark.parametrize("change", ["altered", "shorter", "longer"])
+def test_download_refuses_what_is_not_the_data_set(site, tmp_path, change):
+    data = site.contents["names"]
+    changed = {"altered": b"E" + data[1:], "shorter": data[:-1], "longer": data + b"x"}[change]
+    (tmp_path / "site" / "names.txt").write_bytes(changed)
+    with pytest.raises((ValueError, OSError), match=r"names\.txt"):
+        datasets.download("names", Effort(pause=lambda seconds: None))
+    assert not downloaded("names").exists()
+
+
+def test_download_without_a_network_says_where_to_put_the_text(call, monkeypatch):
+    names = datasets.DataSet("http://127.0.0.1:1/names.txt", 10, "0" * 64)
+    monkeypatch.setitem(datasets.DATA_SETS, "names", names)
+    with pytest.raises(ConnectionError, match="Run this again") as error:
+        datasets.download("names", Effort(pause=lambda seconds: None))
+    assert str(error.value).endswith(f"put the text at {downloaded('names')}")
+
+
+def test_download_of_a_data_set_refuses_the_flags_of_models(call, site):
+    done = call(utils, "download", "names", "--models_dir", "elsewhere")
+    assert done.returncode == 1 and "GPT2_DATASETS_DIR" in done.stderr.splitlines()[-1]
+
+
+def test_train_fetches_a_data_set_at_first_use_and_resumes(no_picture, call, site, tmp_path):
+    out = tmp_path / "run"
+    flags = ("--n_vocab", 260, "--docs", "lines", "--n_layer", 1, "--n_embd", 8, "--n_head", 2)
+    flags += ("--n_ctx", 8, "--batch_size", 2, "--steps", 2, "--eval_tokens", 100, "--out", out)
+    done = call(train, "--data", "names", "--val_data", "names", *flags)
+    assert done.returncode == 0, done.stderr
+    assert call(train, "--resume", "--out", out, "--steps", 3).returncode == 0
+    assert train.load_checkpoint(out).config.data == str(downloaded("names").resolve())
+    assert len(site.log) == 1
+
+
+def test_encoder_takes_the_name_of_a_data_set_or_of_its_file(call, site, enc, tmp_path):
+    enc.save(tmp_path / "tokenizer.bin")
+    flags = ("--tokenizer", tmp_path, "--out", tmp_path / "names.bin")
+    for text in ("names", "names.txt"):
+        assert call(encoder, "encode", text, *flags).returncode == 0
+        (tmp_path / "names.bin").unlink()
+    assert len(site.log) == 1
+
+
+def test_folder_does_not_hide_a_data_set_but_a_file_does(site, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names").mkdir()
+    assert datasets.find(Path("names")) == downloaded("names")
+    (tmp_path / "names").rmdir()
+    (tmp_path / "names").write_text("my own")
+    assert datasets.find(Path("names")) == Path("names")
+
+
+def test_tokens_that_are_not_there_are_an_error_with_the_commands_that_make_them(call):
+    done = call(train, "--data", "tinystories.bin")
+    first, second = done.stderr.splitlines()[-1].split(": make it with: ")[-1].split(" and then: ")
+    assert done.returncode == 1
+    assert first.endswith(
+        "tinystories.bin: no such file; make it with: python utils.py download tinystories"
+    )
+    assert second == "python encoder.py encode tinystories.txt --out tinystories.bin"
+    done = call(train, "--data", "my/own.bin", "--docs", "lines")
+    assert done.stderr.endswith(
+        "make it with: python encoder.py encode my/own.txt --out my/own.bin\n"
+    )
+    done = call(train, "--data", "nonesuch.txt")
+    assert "nonesuch.txt: no such file, nor a data set of that name (tinys" in done.stderr
+
+
+def test_known_hashes_are_those_of_the_reference_texts(shared):
+    for name in ("names", "tinyshakespeare"):
+        data = shared(f"text/{name}.txt").read_bytes()
+        _, size, sha256 = datasets.DATA_SETS[name]
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (size, sha256)
 
 
 # --- caches of a text ---------------------------------------------------------------------------
@@ -181,6 +305,62 @@ def test_train_reports_a_text_that_is_not_utf8_once(call, text):
     text.write_bytes(png(20_000))
     done = call(train, "--data", text, "--out", text.parent / "run", "--n_embd", 7)
     assert done.stderr.count("not text in UTF-8") == 1
+
+
+# --- tokens and their tokenizers ----------------------------------------------------------------
+
+
+def test_encoded_tokens_are_trained_on_with_nothing_else_said(no_picture, call, text, tmp_path):
+    """Two files in a folder, of different tokenizers, do not collide."""
+    shape = ("--n_layer", 1, "--n_embd", 8, "--n_head", 2, "--n_ctx", 8, "--batch_size", 2)
+    for n_vocab in (270, 300):
+        table, out = tmp_path / f"{n_vocab}.table", tmp_path / f"{n_vocab}.bin"
+        encoder.train(TEXT, n_vocab).save(table)
+        done = call(encoder, "encode", text, "--tokenizer", table, "--out", out)
+        assert f"{out}, and their tokenizer {tmp_path / str(n_vocab)}.tokenizer.bin" in done.stderr
+    encoder.train(OTHER, 280).save(tmp_path / "tokenizer.bin")  # of neither
+    for n_vocab in (270, 300):
+        flags = ("--data", tmp_path / f"{n_vocab}.bin", "--out", tmp_path / f"run{n_vocab}")
+        done = call(train, *flags, *shape, "--steps", 1, "--eval_tokens", 100)
+        assert done.returncode == 0, done.stderr
+        saved = encoder.load(tmp_path / f"run{n_vocab}").tokens
+        assert saved == encoder.train(TEXT, n_vocab).tokens
+
+
+def test_tokenizer_beside_tokens_is_their_own_or_the_folders(enc, tmp_path):
+    tokens, own = tmp_path / "stories.bin", tmp_path / "stories.tokenizer.bin"
+    with pytest.raises(ValueError, match=r"no stories\.tokenizer\.bin or tokenizer\.bin beside it"):
+        datasets.tokenizer_beside(tokens)
+    enc.save(tmp_path / "tokenizer.bin")
+    assert datasets.tokenizer_beside(tokens) == tmp_path / "tokenizer.bin"
+    enc.save(own)
+    assert datasets.tokenizer_beside(tokens) == own
+
+
+def test_nanogpts_tokens_are_read_with_a_flag(no_picture, call, enc, tmp_path):
+    ids = enc.encode(TEXT * 3)
+    np.array(ids, "<u2").tofile(tmp_path / "train.bin")
+    enc.save(tmp_path / "tokenizer.bin")
+    assert datasets.read_tokens(tmp_path / "train.bin", enc, "file", raw=True).tolist() == ids
+    flags = ("--data", tmp_path / "train.bin", "--out", tmp_path / "run", "--n_embd", 8)
+    flags += ("--n_layer", 1, "--n_head", 2, "--n_ctx", 8, "--batch_size", 2, "--steps", 1)
+    done = call(train, *flags)
+    assert done.returncode == 1
+    assert "with --raw it is read as one of nanoGPT's" in done.stderr.splitlines()[-1]
+    assert call(train, *flags, "--raw").returncode == 0
+    assert call(train, "--resume", "--out", tmp_path / "run", "--steps", 2).returncode == 0
+
+
+def test_nanogpts_tokens_are_checked(enc, tmp_path):
+    path = tmp_path / "train.bin"
+    path.write_bytes(b"abc")
+    with pytest.raises(ValueError, match=r"train\.bin: 3 bytes, an odd number"):
+        datasets.read_tokens(path, enc, "file", raw=True)
+    np.array([1, 300], "<u2").tofile(path)
+    with pytest.raises(ValueError, match="has the id 300, but the tokenizer has 300 tokens"):
+        datasets.read_tokens(path, enc, "file", raw=True)
+    llmc.save_tokens(path, [[1, 2]], 300)  # ours: the flag does no harm
+    assert datasets.read_tokens(path, enc, "file", raw=True).tolist() == [1, 2]
 
 
 # --- token ids ----------------------------------------------------------------------------------

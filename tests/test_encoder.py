@@ -500,6 +500,33 @@ def test_commands_refuse_an_output_that_is_no_file(call, tmp_path):
     assert f"--out {tmp_path} is not a file that can be replaced" in last_line(done.stderr)
 
 
+def test_command_shows_the_tokens_of_a_text_and_decode_is_the_way_back(call, enc, tmp_path):
+    enc.save(tmp_path / "tokenizer.bin")
+    text = "the times 日\n"
+    for args, stdin in (([text], ""), (["-"], text), (["the times", "日\n"], "")):
+        done = call(encoder, "show", *args, "--tokenizer", tmp_path, stdin=stdin)
+        assert (done.returncode, done.stderr) == (0, "")
+        ids = [int(line.split()[0]) for line in done.stdout.splitlines()]
+        assert ids == enc.encode(text)
+    assert done.stdout.startswith("    83  't'\n   257  'he'\n   318  ' times'\n")
+    assert "'\\n'" in done.stdout and "b'\\xe6'" in done.stdout
+    for same in (ids, [str(ids)], [", ".join(map(str, ids))]):
+        done = call(encoder, "decode", *same, "--tokenizer", tmp_path)
+        assert (done.returncode, done.stdout) == (0, f"{text}\n")
+    done = call(encoder, "decode", "-", "--tokenizer", tmp_path, stdin=" ".join(map(str, ids)))
+    assert done.stdout == f"{text}\n"
+
+
+@pytest.mark.parametrize(
+    ("ids", "status", "message"),
+    [("the", 2, "'the' is not a token id"), ("400", 1, "400 is not in the vocabulary of 400")],
+)
+def test_command_decode_refuses_what_is_no_id(call, enc, tmp_path, ids, status, message):
+    enc.save(tmp_path / "tokenizer.bin")
+    done = call(encoder, "decode", "1", ids, "--tokenizer", tmp_path)
+    assert done.returncode == status and message in last_line(done.stderr)
+
+
 # ----------------------------------------------------------------------------------------------
 # GPT-2's own table
 

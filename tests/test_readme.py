@@ -88,7 +88,10 @@ def clone(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ("stories.txt", "mystory.txt", "other_stories.txt"):
         (folder / name).write_text(make_text(), encoding="utf-8")
-    (folder / "names.txt").write_text("\n".join(make_text(900).split()), encoding="utf-8")
+    (folder / "datasets").mkdir()
+    for name in ("names", "tinyshakespeare"):  # which have been fetched: see test_datasets.py
+        text = "\n".join(make_text().split())
+        (folder / "datasets" / f"{name}.txt").write_text(text, encoding="utf-8")
     config = Config(openai_files.N_VOCAB, n_ctx=128, n_embd=8, n_head=2, n_layer=2)
     for path in ("path/to/openai_or_hf", "site/124M"):
         (folder / path).mkdir(parents=True)
@@ -121,6 +124,7 @@ def run(clone):
             argv = [sys.executable, *start, *words[1:]]
             argv = [word.replace("http://127.0.0.1:8123", server.url) for word in argv]
             env = {**os.environ, "GPT2_BASE_URL": server.url, "NO_PROXY": "127.0.0.1"}
+            env["GPT2_DATASETS_DIR"] = str(clone / "datasets")
             pipes = {"capture_output": True, "text": True, "encoding": "utf-8"}
             return subprocess.run(argv, cwd=clone, env=env, timeout=120, **pipes)
 

@@ -78,11 +78,11 @@ def check_size(file: BinaryIO, expected: int, contents: str) -> None:
         )
 
 
-def read_values(file: BinaryIO, dtype: str | np.dtype) -> ndarray:
+def read_values(file: BinaryIO, dtype: str | np.dtype, header_bytes: int = HEADER_BYTES) -> ndarray:
     """Return what follows a header, (N,), read-only: in memory, or mapped if the file is large."""
     if os.fstat(file.fileno()).st_size > SMALL:
-        return np.memmap(file, dtype, "r", offset=HEADER_BYTES).view(np.ndarray)
-    file.seek(HEADER_BYTES)
+        return np.memmap(file, dtype, "r", offset=header_bytes).view(np.ndarray)
+    file.seek(header_bytes)
     values = np.fromfile(file, dtype)
     values.flags.writeable = False
     return values
