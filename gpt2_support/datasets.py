@@ -233,17 +233,23 @@ def read_tokens(path: Path, enc: Encoder, docs: str, raw: bool = False) -> Integ
     """
     if is_text(path):
         path = encode_text(find(path), enc, docs)
-    if magic_number(path) in llmc.NAMES:
-        tokens, n_vocab = llmc.load_tokens(path)
-    elif raw:
+    if raw and magic_number(path) != llmc.TOKENS_MAGIC:
         tokens, n_vocab = nanogpt.load_tokens(path), 0
     else:
-        raise ValueError(
-            f"{path}: not a tokens .bin as encoder.py makes them; with --raw it is read as one of "
-            "nanoGPT's, uint16 without a header"
-        )
+        tokens, n_vocab = load_tokens(path)
     check_vocabulary(path, max_id(tokens), n_vocab, enc.n_vocab)
     return tokens
+
+
+def load_tokens(path: Path) -> tuple[Integer[ndarray, " N"], int]:
+    """Return what llmc.load_tokens does; its error for another file may name the flag --raw."""
+    try:
+        return llmc.load_tokens(path)
+    except ValueError as error:
+        if magic_number(path) in llmc.NAMES:
+            raise
+        hint = "with --raw it is read as one of nanoGPT's, uint16 without a header"
+        raise ValueError(f"{error}; {hint}") from None
 
 
 def check_validation(tokens: Integer[ndarray, " N"]) -> None:

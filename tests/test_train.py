@@ -674,4 +674,6 @@ def test_command_refuses_foreign_tokens_files(call, fish, text):
         assert "foreign.bin" in last_line(done.stderr)
     (text.parent / "tokenizer.bin").unlink()
     done = call(train, *fish("--data", data))
-    assert "no tokenizer.bin beside it: give its --tokenizer" in last_line(done.stderr)
+    assert "no foreign.tokenizer.bin or tokenizer.bin beside it: give its --tokenizer" in last_line(
+        done.stderr
+    )
