@@ -39,7 +39,7 @@ def deferred_interrupts() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(timestamps)
     finally:
         for number, handler in zip(signals, handlers, strict=True):
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not from Python
 
 
 @contextlib.contextmanager
