@@ -104,7 +104,7 @@ def download(name: str, effort: Effort = Effort()) -> Path:  # noqa: B008 (it ca
     if path.is_file():
         return path
     info(f"{path}: fetching {f'{size:,} bytes' if size else 'the text'} from {public(url)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     try:
         with hold_lock(path.with_name(f".{name}.lock")):
             if not path.is_file():  # another process may have fetched it
@@ -137,20 +137,25 @@ def magic_number(path: Path) -> int:
 
 
 def cache_dir() -> Path:
-    """Return the folder of the tokens of texts, which is made if it is not there."""
-    folder = folders.datasets_dir() / "encoded"
+    """Return the folder of the tokens of texts."""
+    return folders.datasets_dir() / "encoded"
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of data sets, if it is not there; raise OSError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder}: cannot be written")
     except OSError as error:
-        advice = "name a folder that can be written with GPT2_DATASETS_DIR in the environment"
-        raise OSError(f"{error}: {advice}") from None
-    return folder
+        others = "name another folder with GPT2_DATASETS_DIR in the environment"
+        raise OSError(f"{error}: {others}") from None
 
 
 def cache_path(text: Path, digest: str, *others: bytes) -> Path:
     """Return where something is kept that a text, by its digest, and the others decide."""
     key = hashlib.sha256(b"".join([digest.encode(), *others])).hexdigest()[:16]
-    return cache_dir() / f"{text.stem}.{key}.bin"
+    return cache_dir() / f"{text.stem[:40]}.{key}.bin"
 
 
 def text_digest(text: Path) -> str:
@@ -175,6 +180,7 @@ def learn_tokenizer(
     digest = text_digest(text)
     path = cache_path(text, digest, b"a tokenizer of %d" % n_vocab)
     if not path.exists():
+        make_folder(path.parent)
         info(f"{path}: learning a vocabulary of {n_vocab} tokens from {text}")
         try:
             enc = train(corpus.read_texts([text]), n_vocab)
@@ -197,12 +203,17 @@ def explain(error: ValueError, text: Path, n_vocab: int) -> ValueError:
     )
 
 
+def table_of(enc: Encoder) -> bytes:
+    """Return the tokens of an encoder as a tokenizer .bin has them after its header."""
+    return b"".join(bytes([len(token)]) + token for token in enc.tokens)
+
+
 def encode_text(text: Path, enc: Encoder, docs: str) -> Path:
     """Return the path of the tokens .bin of a text, which is encoded unless it has been before."""
     digest = text_digest(text)
-    table = b"".join(bytes([len(token)]) + token for token in enc.tokens)
-    path = cache_path(text, digest, table, f"{enc.eot} {docs}".encode())
+    path = cache_path(text, digest, table_of(enc), f"{enc.eot} {docs}".encode())
     if not path.exists():
+        make_folder(path.parent)
         info(f"{path}: encoding {text}")
         n_procs = os.cpu_count() or 1
         corpus.encode_files(
@@ -233,12 +244,23 @@ def read_tokens(path: Path, enc: Encoder, docs: str, raw: bool = False) -> Integ
     """
     if is_text(path):
         path = encode_text(find(path), enc, docs)
+    check_tokenizer(path, enc)
     if raw and magic_number(path) != llmc.TOKENS_MAGIC:
         tokens, n_vocab = nanogpt.load_tokens(path), 0
     else:
         tokens, n_vocab = load_tokens(path)
     check_vocabulary(path, max_id(tokens), n_vocab, enc.n_vocab)
     return tokens
+
+
+def check_tokenizer(tokens: Path, enc: Encoder) -> None:
+    """Raise ValueError if the tokenizer that `encode` left beside a tokens .bin is another one."""
+    own = corpus.tokenizer_path(tokens)
+    if own.is_file() and own.read_bytes()[llmc.HEADER_BYTES :] != table_of(enc):
+        raise ValueError(
+            f"{tokens}: was encoded with another tokenizer, {own}: give that as --tokenizer, or "
+            "encode the text again with this one; if that file does not belong there, remove it"
+        )
 
 
 def load_tokens(path: Path) -> tuple[Integer[ndarray, " N"], int]:

@@ -224,6 +224,19 @@ def test_tokens_are_those_of_the_tokenizer_and_the_documents(enc, text):
         assert datasets.read_tokens(text, tokenizer, docs).tolist() == expected
 
 
+def test_cache_that_cannot_be_written_names_another_way_but_is_read(enc, text, monkeypatch):
+    encoded = datasets.read_tokens(text, enc, "file")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as for another user than root
+    assert (datasets.read_tokens(text, enc, "file") == encoded).all()
+    with pytest.raises(OSError, match=r"cannot be written: name another folder with GPT2_DATASE"):
+        datasets.read_tokens(text, enc, "lines")
+
+
+def test_text_may_have_the_longest_name(enc, text):
+    longest = text.rename(text.with_name("x" * 250 + ".txt"))
+    assert datasets.read_tokens(longest, enc, "file").size > 0
+
+
 def test_nothing_is_written_beside_a_text(text):
     enc = encoder.load(datasets.learn_tokenizer(text, 300, encoder.train))
     datasets.read_tokens(text, enc, "file")
@@ -335,6 +348,16 @@ def test_tokenizer_beside_tokens_is_their_own_or_the_folders(enc, tmp_path):
     assert datasets.tokenizer_beside(tokens) == tmp_path / "tokenizer.bin"
     enc.save(own)
     assert datasets.tokenizer_beside(tokens) == own
+
+
+def test_tokens_of_another_tokenizer_are_refused(enc, text, tmp_path):
+    """Of the same size, so that the ids do not tell."""
+    tokens, other = tmp_path / "stories.bin", encoder.train(OTHER, 300)
+    corpus.encode_files(enc, [text], tokens)
+    enc.save(corpus.tokenizer_path(tokens))
+    assert datasets.read_tokens(tokens, enc, "eot").size > 0
+    with pytest.raises(ValueError, match=r"stories\.bin: was encoded with another tokenizer"):
+        datasets.read_tokens(tokens, other, "eot")
 
 
 def test_nanogpts_tokens_are_read_with_a_flag(no_picture, call, enc, tmp_path):
