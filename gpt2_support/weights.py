@@ -110,7 +110,10 @@ def find_reader(source: Path) -> tuple[OpenModel, Path, str]:
     if source.suffix == ".safetensors":
         return huggingface.open_model, source, "a Hugging Face model"
     if source.suffix in (".pt", ".pth", ".ckpt") or source.name == "pytorch_model.bin":
-        raise ValueError(f"{source}: a file of PyTorch, which cannot be read here: {SAVE_ADVICE}")
+        nanogpt = ", or if it is nanoGPT's, with the program in docs/formats.md"
+        raise ValueError(
+            f"{source}: a file of PyTorch, which cannot be read: {SAVE_ADVICE}{nanogpt}"
+        )
     if source.exists() and not source.is_dir():
         return llmc.open_model, source, "a model file"
     if not source.is_dir():

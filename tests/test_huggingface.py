@@ -2,14 +2,26 @@
 
 import contextlib
 import json
+import re
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import openai_files
 import pytest
-from helpers import TINY
+from helpers import ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_files import assert_equal, contents, hf_arrays, refusal, write_hf, write_safetensors
+from model_files import (
+    HF_CONFIG,
+    assert_equal,
+    contents,
+    hf_arrays,
+    refusal,
+    write_hf,
+    write_safetensors,
+)
 
 from gpt2_support import weights
 from gpt2_support.formats import huggingface, llmc
@@ -194,3 +206,43 @@ def test_safetensors_of_any_header_give_an_object_or_value_error(tmp_path_factor
         path.write_bytes(len(text).to_bytes(8, "little") + text)
         with contextlib.suppress(ValueError), open(path, "rb") as file:
             assert isinstance(huggingface.read_safetensors(file), dict)
+
+
+class Tensor(np.ndarray):
+    """An array with what the program below needs of a tensor of PyTorch."""
+
+    def float(self):
+        return self.astype(np.float32)
+
+    def contiguous(self):
+        return np.ascontiguousarray(self)
+
+
+@pytest.mark.parametrize("has_biases", [True, False])
+def test_program_of_the_docs_makes_a_model_of_nanogpts_checkpoint(
+    tmp_path, monkeypatch, has_biases
+):
+    """Run without PyTorch, which the tests do not need, on a checkpoint as nanoGPT's train.py
+    saves it."""
+    checkpoint, expected = {}, openai_files.random_arrays(TINY)
+    for name, array in hf_arrays("_orig_mod.transformer.").items():
+        if has_biases or not name.endswith(".bias"):
+            array = array.T if ".h." in name and array.ndim == 2 else array
+            checkpoint[name] = array.view(Tensor)
+    checkpoint["_orig_mod.transformer.h.0.attn.bias"] = np.ones((1, 1, 8, 8)).view(Tensor)
+    checkpoint["_orig_mod.lm_head.weight"] = checkpoint["_orig_mod.transformer.wte.weight"]
+    sizes = {"block_size": 8, "bias": has_biases, "dropout": 0.0}
+    torch = types.ModuleType("torch")
+    torch.load = lambda path, map_location: {"model": checkpoint, "model_args": HF_CONFIG | sizes}
+    torch.zeros = lambda n: np.zeros(n, np.float32)
+    safetensors = types.ModuleType("safetensors.torch")
+    safetensors.save_file = lambda tensors, path: write_safetensors(Path(path), tensors)
+    for module in (torch, safetensors):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "safetensors", types.ModuleType("safetensors"))
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(import json, os, torch\n.*?)```", page, re.S)[1], {})
+    if not has_biases:
+        expected |= {n: np.zeros_like(x) for n, x in expected.items() if n.endswith("/b")}
+    assert_equal(weights.load_params(tmp_path / "from_nanogpt"), expected)
