@@ -12,8 +12,8 @@ Parameters. `Params` is one packed buffer with a named view of every array, `Con
 hyper-parameters. `load_params` reads a model of any format, `save_params` writes a model .bin file.
 
 Models. `find_model` returns the path of a model by name or path, `download` fetches one of OpenAI's
-models, `convert` turns a model of any format into a folder of ours or of Hugging Face's.
-`MODELS_DIR` is the folder in which models are found by name.
+models or a GPT-2 of the Hugging Face hub, `convert` turns a model of any format into a folder of
+ours or of Hugging Face's. `MODELS_DIR` is the folder in which models are found by name.
 
 Tokens. `load_tokenizer` returns the bytes of every token and the end-of-text id, from llm.c's,
 OpenAI's or Hugging Face's files; `save_tokenizer` writes them as llm.c does. `load_tokens` maps a

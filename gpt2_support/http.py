@@ -240,7 +240,7 @@ def request(source: Source, headers: dict[str, str]) -> Response:
             response = session.get(url, headers=headers, auth=auth, **options)
         except ValueError as error:
             where = "" if url == source.url else f"the server redirects to {preview(public(url))}: "
-            message = "" if "@" in url else f": {preview(str(error), 400)}"
+            message = "" if set(url) & set("@?") else f": {preview(str(error), 400)}"
             message = f"{where}not an address to download from{message}"
             raise BadAnswer(f"{public(source.url)}: {message}") from None
         linked = {name: x for name, x in response.headers.items() if name in LINKED} | linked
@@ -443,12 +443,10 @@ def continue_part(
     """
     header = response.headers.get("Content-Range", "").strip()
     match = re.fullmatch(rf"bytes ({NUMBER})-{NUMBER}/({NUMBER}|\*)", header)
-    etag = response.headers.get("X-Linked-ETag", "")
     if (
         (remote and match and n_bytes)
         and int(match[1]) == n_bytes
         and match[2] in ("*", str(remote.size or "*"))
-        and (remote.sha256 or "") in etag
     ):
         return remote
     part.unlink(missing_ok=True)

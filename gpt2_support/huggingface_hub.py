@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gpt2_support.formats import huggingface
 from gpt2_support.formats.token_table import load_tokenizer
-from gpt2_support.http import Effort, RefusedRequest, RemoteFile, fetch, look, public
+from gpt2_support.http import BadAnswer, Effort, RefusedRequest, RemoteFile, fetch, look, public
 from gpt2_support.messages import info
 from gpt2_support.params import Config, n_params
 from gpt2_support.weights import SAVE_ADVICE
@@ -69,8 +69,8 @@ class Repository:
         self.page, self.token, self.effort = f"{endpoint()}/{self.name}", read_token(), effort
         commit = self.look(CONFIG, MAX_BYTES[CONFIG]).commit or ""
         self.effort = effort._replace(has_answered=True)
-        if re.fullmatch("[0-9a-f]{40}", commit):
-            self.revision = commit
+        self.commit = commit if re.fullmatch("[0-9a-f]{40}", commit) else None
+        self.revision = self.commit or self.revision
 
     def url(self, file_name: str) -> str:
         """Return the address of a file."""
@@ -81,7 +81,7 @@ class Repository:
         try:
             return look(self.url(file_name), max_bytes, self.token, self.effort)
         except RefusedRequest as error:
-            message = self.explain(error)
+            message = self.explain(error, file_name)
             raise RefusedRequest(message, error.status, error.code) from None
 
     def find(self, file_name: str, max_bytes: int) -> RemoteFile | None:
@@ -100,19 +100,20 @@ class Repository:
             fetch(self.url(file_name), path, max_bytes, None, self.token, self.effort)
         return path
 
-    def explain(self, error: RefusedRequest) -> str:
+    def explain(self, error: RefusedRequest, file_name: str) -> str:
         """Return what a refusal means, and what to do about it."""
         page, name = public(self.page), self.name
         tell = "HF_TOKEN may not read it" if self.token else "put a token that may into HF_TOKEN"
         if error.code == "RevisionNotFound":
             return f"{name}: no revision {self.revision} at {page}"
         if error.code == "EntryNotFound":
-            return f"{name}: no {CONFIG} at {page}: not a model that transformers loads"
+            return f"{name}: no {file_name} at {page}: not a model that transformers loads"
         if error.status == 403 or error.code == "GatedRepo":
             return f"{name}: a gated or private model: accept its terms at {page}, and {tell}"
         if error.status == 401:
             return f"{name}: no such model at {page}, or a private or gated one: {tell}"
-        return f"{name}: no such model at {page} (HTTP status {error.status}): check its name"
+        status = f"HTTP status {error.status}"
+        return f"{name}: no such model at {page}, or no {file_name} ({status}): check its name"
 
 
 def fetch_model(name: str, work: Path, target: Path, effort: Effort) -> Path:
@@ -124,15 +125,18 @@ def fetch_model(name: str, work: Path, target: Path, effort: Effort) -> Path:
     """
     repository = Repository(name, effort)
     folder = work / repository.revision
-    for other in work.iterdir():
-        if other.is_dir() and other != folder:  # of another commit
-            shutil.rmtree(other)
     folder.mkdir(exist_ok=True)
+    if not repository.commit:  # what is there may be of another one
+        for path in folder.iterdir():
+            if not path.name.endswith((".part", ".part.json")):
+                path.unlink()
     try:
         config = fetch_small_files(repository, folder)
         sizes = find_weights(repository, folder, config)
     except (ValueError, RefusedRequest):
-        shutil.rmtree(folder)
+        names = [path.name.removesuffix(".part") for path in folder.iterdir()]
+        if not any(name.endswith(".safetensors") for name in names):  # nothing large
+            shutil.rmtree(folder)
         raise
     size = sum(size or 0 for size in sizes.values())
     info(f"{name}: downloading {size / 1e6:,.1f} MB from {public(repository.page)} to {target}")
@@ -152,6 +156,8 @@ def fetch_small_files(repository: Repository, folder: Path) -> Config:
                     repository.fetch(file_name, folder, MAX_BYTES[file_name])
                 load_tokenizer(folder)
                 break
+    except BadAnswer:
+        raise
     except ValueError as error:
         problem = str(error).replace(f"{folder}{os.sep}", "")
         raise ValueError(f"{repository.name}: not a GPT-2 that can run here: {problem}") from None

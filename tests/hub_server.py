@@ -16,8 +16,8 @@ TOKEN = "hf_secret"
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers GET; `server.site.faults[file]` lists what goes wrong first, on either host.
 
-    A fault is a status, "truncated" or "altered" (by the host of the large files), "drop" (half of
-    the body), "wrong size" (in the first answer), or the address that is redirected to.
+    A fault is a status, "page", "truncated" or "altered" (by the host of the large files), "drop"
+    (half of the body), "wrong size" (in the first answer), or the address that is redirected to.
     """
 
     def do_GET(self):
@@ -33,6 +33,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fault = faults.pop(0) if faults and is_for_home(faults[0]) else None
         if isinstance(fault, int):
             return self.reply(fault, b"no")
+        if fault == "page":
+            return self.reply(200, b"<!DOCTYPE html><p>Please log in", Content_Type="text/html")
         match = re.fullmatch("/(.+)/resolve/([^/]+)/([^/]+)", path)
         repository, revision, file_name = match.groups() if match else ("", "", "")
         if repository in OLD_NAMES:

@@ -221,6 +221,32 @@ def test_interrupted_download_goes_on_at_its_commit(site, models):
     assert f"bytes={n_bytes}-" in [asked for *_, asked in site.log]
 
 
+@pytest.mark.parametrize("fault", [401, "page"])
+def test_partial_weights_outlive_an_answer_that_is_refused(site, models, fault):
+    site.faults[WEIGHTS] = ["drop", "drop"]
+    with pytest.raises(ZeroDivisionError):
+        hub.download(NAME, models, pause=lambda seconds: 1 / 0)
+    part = models / NAME / ".download" / hub_server.COMMIT / f"{WEIGHTS}.part"
+    n_bytes = part.stat().st_size
+    site.faults["vocab.json"] = [fault]
+    with pytest.raises((OSError, ValueError), match=r"private or gated|sent a page") as caught:
+        download(models)
+    assert "not a GPT-2" not in str(caught.value)
+    assert part.stat().st_size == n_bytes > 0
+    assert_fetched(download(models))
+
+
+def test_hub_that_names_no_commit_is_asked_for_the_small_files_again(site, models, monkeypatch):
+    monkeypatch.setattr(hub_server, "COMMIT", "")
+    site.faults[WEIGHTS] = ["drop", "drop"]
+    with pytest.raises(ZeroDivisionError):
+        hub.download(NAME, models, pause=lambda seconds: 1 / 0)
+    (models / NAME / ".download" / "main" / "config.json").write_text("{}")  # of another commit
+    site.log.clear()
+    assert_fetched(download(models))
+    assert any(asked for *_, asked in site.log)  # the weights went on
+
+
 def test_files_of_another_commit_are_not_mixed_in(site, models):
     other = models / NAME / ".download" / ("f" * 40)
     other.mkdir(parents=True)
@@ -306,6 +332,14 @@ def test_model_of_pytorch_alone_says_how_to_save_it(site, models, call):
     line = refusal(call, models)
     assert f"{NAME}: only pytorch_model.bin at {site.url}/{NAME}" in line
     assert "save_pretrained" in line
+
+
+def test_shard_that_is_not_there_is_named(site, models, call):
+    files = site.repositories[NAME]
+    del files[WEIGHTS]
+    index = {"weight_map": {"wte.weight": "model-1.safetensors"}}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    assert f"{NAME}: no model-1.safetensors at {site.url}" in refusal(call, models)
 
 
 @pytest.mark.parametrize(
