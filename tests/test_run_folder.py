@@ -240,11 +240,12 @@ def test_folder_that_is_removed_during_a_run_is_made_again(
 def test_error_between_two_steps_is_saved_before_it_ends_the_run(
     no_picture, call, fish, out, monkeypatch
 ):
+    evaluate = train.evaluate
     monkeypatch.setattr(train, "evaluate", failing(MemoryError("no room to evaluate")))
     done = call(train, *fish("--save_every", 100, "--eval_every", 4))
     assert done.returncode == 1 and "no room to evaluate" in done.stderr.splitlines()[-1]
     assert train.load_checkpoint(out).step == 4
-    monkeypatch.undo()
+    monkeypatch.setattr(train, "evaluate", evaluate)
     assert call(train, "--resume", "--out", out).returncode == 0
 
 
