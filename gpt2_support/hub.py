@@ -92,12 +92,10 @@ def find_model(
     if not isinstance(name, str | os.PathLike):
         actual = f"a {type(name).__name__}"
         raise ValueError(f'a model is given by its name, "124M" say, or its path, not by {actual}')
-    if not isinstance(name, str | os.PathLike):
-        actual = f"a {type(name).__name__}"
-        raise ValueError(f'a model is given by its name, "124M" say, or its path, not by {actual}')
     paths = [Path(name), *candidates(MODEL_ALIASES.get(str(name), name), models_dir)]
     for path in paths:
         if is_model(path):
+            find_reader(path)  # says what is wrong with a file that cannot be read
             return path
     if can_be_downloaded(str(name), Path(models_dir)):
         return download(str(name), models_dir, hurried=hurried)

@@ -274,7 +274,7 @@ def test_text_too_small_to_learn_from_says_so_and_advises_nothing_that_fails(cal
     assert done.returncode == 1 and expected in problem and "--n_vocab" not in problem
 
 
-def test_text_of_few_words_can_be_trained_on_as_bytes(call, text):
+def test_text_of_few_words_can_be_trained_on_as_bytes(no_picture, call, text):
     text.write_bytes(TEXT.encode() * 30)
     flags = ("--data", text, "--out", text.parent / "run", "--n_layer", 1, "--n_embd", 8)
     done = call(train, *flags)
@@ -372,6 +372,13 @@ def test_nanogpts_tokens_are_read_with_a_flag(no_picture, call, enc, tmp_path):
     assert "with --raw it is read as one of nanoGPT's" in done.stderr.splitlines()[-1]
     assert call(train, *flags, "--raw").returncode == 0
     assert call(train, "--resume", "--out", tmp_path / "run", "--steps", 2).returncode == 0
+
+
+def test_nanogpts_checkpoint_is_named_as_what_it_is(call, text, tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes(b"PK\3\4")
+    done = call(train, "--init", tmp_path / "ckpt.pt", "--data", text, "--out", tmp_path / "run")
+    assert done.returncode == 1
+    assert "ckpt.pt: a file of PyTorch, which cannot be read" in done.stderr.splitlines()[-1]
 
 
 def test_nanogpts_tokens_are_checked(enc, tmp_path):
