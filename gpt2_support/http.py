@@ -129,11 +129,7 @@ def fetch(
     for name in filter(os.path.lexists, (path, part, state_path(part))):
         check_regular(name)
     source = Source(url, max_bytes, sha256, token)
-    persist(
-        lambda seconds: fetch_once(source, path, part, seconds),
-        (url, path.name, lambda: size_of(part)),
-        effort,
-    )
+    persist(lambda s: fetch_once(source, path, part, s), url, lambda: size_of(part), effort)
 
 
 def look(
@@ -151,19 +147,19 @@ def look(
             check_response(url, response)
             return describe(url, response, max_bytes)
 
-    return persist(ask, (url, url.rsplit("/", 1)[-1], lambda: 0), effort)
+    return persist(ask, url, lambda: 0, effort)
 
 
 def persist(
-    attempt: Callable[[float], T], job: tuple[str, str, Callable[[], int]], effort: Effort
+    attempt: Callable[[float], T], url: str, n_bytes: Callable[[], int], effort: Effort
 ) -> T:
     """Return what `attempt(seconds)` returns, called again after each failure, as `fetch` says.
 
-    `job` is the address, the name of the file, and a function that counts the bytes that are there.
+    `n_bytes()` counts the bytes that are there.
     """
     import requests
 
-    (url, name, n_bytes), has_answered = job, effort.has_answered
+    name, has_answered = public(url).rsplit("/", 1)[-1], effort.has_answered
     start = best = n_bytes()
     n_failures = 0
     while True:
