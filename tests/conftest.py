@@ -230,6 +230,14 @@ def fish(text, out):
     return arguments
 
 
+@pytest.fixture(scope="module")
+def several_tiles():
+    """Let the short sequences of the tests of a file, too, have several tiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpt2_support.tiles.QUERIES", 2)
+        yield
+
+
 @pytest.fixture
 def no_picture(monkeypatch, tmp_path_factory):
     """Draw no loss.png, here and in programs, which takes longer than the training of tests."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
 
 from gpt2_support import blas, cli
 from gpt2_support.params import Config, Params, n_params
@@ -23,6 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = Config(n_vocab=61, n_ctx=16, n_embd=12, n_head=3, n_layer=2)
 TINY = Config(n_vocab=260, n_ctx=8, n_embd=8, n_head=2, n_layer=2)  # for any bytes and 4 more ids
 TEXT = "one fish two fish red fish blue fish\nold fish new fish\n" * 60
+
+
+def only_thorough(value):
+    """A value of a parameter that quick runs leave out."""
+    return pytest.param(value, marks=pytest.mark.thorough)
+
+
+def normal(*shape, seed=2):
+    """Return numbers from N(0, 1), the same for each seed."""
+    return np.random.default_rng(seed).standard_normal(shape)
 
 
 def random_params(config=CONFIG, dtype=np.float64, seed=0, scale=0.3):
