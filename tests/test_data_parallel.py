@@ -65,13 +65,15 @@ def test_fastest_is_the_last_before_a_slower_one(monkeypatch, seconds, best, tri
         return seconds[workers.n_threads]
 
     monkeypatch.setattr(data_parallel.DataParallel, "time_batch", time_batch)
-    workers, time = data_parallel.fastest(gpt2.loss_and_grads, Params(TINY), None, seconds)
+    batch = np.zeros((1, 4), int), np.zeros((1, 4), int)
+    workers, time = data_parallel.fastest(gpt2.loss_and_grads, Params(TINY), batch, list(seconds))
     assert (workers.n_threads, time) == (best, seconds[best])
     assert len(timed) == tried
 
 
 def test_time_batch_is_the_median_after_the_first_call(monkeypatch):
-    clock = iter([0, 0.1, 1, 3, 4, 5, 6, 7, 8, 10, 11, 14])  # 0.1 s, then 2, 1, 1, 2, 3 s
+    times = [0, 0.1, 1, 3, 4, 5, 6, 7, 8, 10, 11, 14]  # 0.1 s, then 2, 1, 1, 2, 3 s
+    clock = iter(map(float, times))
     monkeypatch.setattr(data_parallel.time, "perf_counter", lambda: next(clock))
     params = Params(TINY)
     workers = data_parallel.DataParallel(gpt2.loss_and_grads, params)
@@ -155,7 +157,7 @@ def test_loss_and_gradient_do_not_depend_on_the_ranks(case, n_ranks):
     params = random_params(TINY)
     tokens, targets = ignore_targets(case)
     loss, grads = gpt2.loss_and_grads(params, tokens, targets)
-    n_targets = np.count_nonzero(targets != -1)
+    n_targets = int(np.count_nonzero(targets != -1))
     losses, total = [], np.zeros_like(params.flat)
     for rank in range(n_ranks):
         group = ProcessGroup()
