@@ -52,18 +52,17 @@ class Encoder(Protocol):
 
 
 def total_bytes(paths: Paths) -> int:
-    """Return the size of all files together; raise ValueError for a folder."""
+    """Return the size of all files together; raise ValueError for a folder, a pipe or a device."""
     for path in map(Path, paths):
-        if path.is_dir():
-            raise ValueError(f"{path}: is a folder, expected a text file")
+        if path.exists() and not path.is_file():
+            actual = "a folder" if path.is_dir() else "not a regular file"
+            raise ValueError(f"{path}: is {actual}, expected a text file")
     return sum(os.path.getsize(path) for path in paths)
 
 
 @functools.cache
 def warn_unless_utf8(path: Path | str) -> None:
     """Report, once, that the beginning of a file is not text in UTF-8, with the share."""
-    if not os.path.isfile(path):  # what comes through a pipe can be read once only
-        return
     with open(path, "rb") as file:
         text = codecs.getincrementaldecoder("utf-8")("replace").decode(file.read(CHUNK))
     share = (text.count("\ufffd") + text.count("\0")) / max(1, len(text))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gpt2_support import cli, corpus, datasets, folders
 from gpt2_support.formats.token_table import EOT_TEXT, FILE_NAMES
-from gpt2_support.messages import info, write
+from gpt2_support.messages import info, preview, write
 from gpt2_support.prompts import standard_input
 
 if TYPE_CHECKING:
@@ -152,16 +152,16 @@ def add_decode_command(commands: argparse._SubParsersAction) -> None:
         examples=["python encoder.py decode 15496 11 995 0"],
     )
     add, ids = parser.add_argument, 'token ids, apart by spaces or commas; "-": standard input'
-    add("ids", metavar="ID", nargs="+", type=token_ids, help=ids)
+    add("ids", metavar="ID", nargs="+", help=ids)
     add("--tokenizer", type=str, default="124M", help=TOKENIZER_HELP)
 
 
-def token_ids(text: str) -> list[int]:
-    """Return the ids in an argument, for argparse's `type=`: 5, or what Python prints of a list."""
-    text = standard_input().read() if text == "-" else text
-    if re.fullmatch(r"[\d\s,\[\]]*", text):
-        return [int(id) for id in re.findall(r"\d+", text)]
-    raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a token id, or a list of them")
+def token_ids(args: argparse.Namespace) -> list[int]:
+    """Return the ids in the arguments: numbers, or lists of them as Python prints these."""
+    text = standard_input().read() if args.ids == ["-"] else " ".join(args.ids)
+    if not re.fullmatch(r"[\d\s,\[\]]*", text):
+        args.error(f"{preview(text)} is not a list of token ids")
+    return [int(id) for id in re.findall(r"\d+", text)]
 
 
 def table(enc: Encoder, text: str) -> str:
@@ -182,7 +182,7 @@ def show_or_decode(enc: Encoder, args: argparse.Namespace) -> None:
         text = standard_input().read() if args.text == ["-"] else " ".join(args.text)
         write(table(enc, cli.text(text)))
     else:
-        write(enc.decode([id for ids in args.ids for id in ids]))
+        write(enc.decode(token_ids(args)))
 
 
 def summarize(out: Path, n_tokens: int, n_docs: int, n_bytes: int) -> None:

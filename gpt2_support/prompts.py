@@ -60,7 +60,7 @@ def read_prompts(args: argparse.Namespace, longest: int) -> Iterator[str]:
 def standard_input() -> TextIO:
     """Return standard input; raises ValueError if it is closed."""
     if sys.stdin is None:
-        raise ValueError("standard input is closed: there is no prompt to read")
+        raise ValueError("standard input is closed: there is nothing to read")
     return sys.stdin
 
 

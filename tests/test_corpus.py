@@ -167,6 +167,14 @@ def test_encode_files_replaces_invalid_utf8(enc, write):
     assert encoded(enc, write(b"a\xffb \xe2\x82 c\r\n")) == with_eot(enc, ["a\ufffdb \ufffd c\r\n"])
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_encode_files_refuses_what_is_no_file(enc, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, actual in ((tmp_path, "a folder"), (tmp_path / "pipe", "not a regular file")):
+        with pytest.raises(ValueError, match=f"{path}: is {actual}, expected a text file"):
+            corpus.encode_files(enc, [path], tmp_path / "out.bin")
+
+
 def test_encode_files_refuses_files_without_text(enc, write, tmp_path):
     (tmp_path / "out.bin").write_bytes(b"old")
     with pytest.raises(ValueError, match=r"no text in .*text\.txt"):

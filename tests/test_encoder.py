@@ -522,7 +522,10 @@ def test_command_shows_the_tokens_of_a_text_and_decode_is_the_way_back(call, enc
 
 @pytest.mark.parametrize(
     ("ids", "status", "message"),
-    [("the", 2, "'the' is not a token id"), ("400", 1, "400 is not in the vocabulary of 400")],
+    [
+        ("the", 2, "1 the is not a list of token ids"),
+        ("400", 1, "400 is not in the vocabulary of 400"),
+    ],
 )
 def test_command_decode_refuses_what_is_no_id(call, enc, tmp_path, ids, status, message):
     enc.save(tmp_path / "tokenizer.bin")

@@ -497,7 +497,7 @@ def test_cli_strips_one_line_end_of_standard_input(cat, call, prompts):
 def test_cli_without_standard_input_is_one_line(args, cat, call, monkeypatch):
     done = call(gpt2, *args, "--model", cat, stdin=None)
     assert done.returncode == 1
-    message = "gpt2.py: error: standard input is closed: there is no prompt to read\n"
+    message = "gpt2.py: error: standard input is closed: there is nothing to read\n"
     assert done.stderr == message
 
 
