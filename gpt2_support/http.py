@@ -18,7 +18,6 @@ import os
 import queue
 import re
 import shutil
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,7 +33,7 @@ from gpt2_support.files import (
     sync,
     with_path,
 )
-from gpt2_support.messages import info, preview
+from gpt2_support.messages import BarStream, info, preview
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -465,7 +464,7 @@ def receive(source: Source, items: Iterator[Any], part: Path, size: int | None) 
     with (
         with_path(part),
         open(part, "ab") as file,
-        tqdm(total=size, initial=size_of(part), file=sys.stderr, **bar) as progress,
+        tqdm(total=size, initial=size_of(part), file=BarStream(), **bar) as progress,
     ):
         n_bytes = file.tell()
         for chunk in items:

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from typing import TextIO
+    from typing import Any, TextIO
 
 # What a terminal obeys: all but the tab and the line end, and what reverses the order of letters.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -38,6 +38,21 @@ def info(message: str, end: str = "\n") -> None:
     if sys.stderr:  # None if it is closed; `print` would take standard output for that
         with contextlib.suppress(OSError, ValueError):
             print(printable(message, sys.stderr), end=end, file=sys.stderr, flush=True)
+
+
+class BarStream:
+    """Standard error as the file of a progress bar. If it fails, the program goes on without it."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # None if it is closed
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 def write(text: str, end: str = "\n") -> None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import socketserver
+import sys
 import threading
 import time
 
@@ -159,6 +160,21 @@ def test_hurried_download_gives_up_in_a_second(tmp_path, monkeypatch):
             fetch(server.url, tmp_path, effort)
         assert len(server.log) == 1
         assert time.monotonic() - started < 1.5
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), ValueError("closed"), None])
+def test_download_goes_on_when_standard_error_fails(tmp_path, quick, monkeypatch, error):
+    class Broken:
+        encoding = "utf-8"
+
+        def write(self, text):
+            raise error
+
+        flush = isatty = fileno = lambda self: False
+
+    monkeypatch.setattr(sys, "stderr", Broken() if error else None)
+    with serve(reply("500 x"), reply()) as server:
+        assert fetch(server.url, tmp_path, quick) == BODY
 
 
 # ----------------------------------------------------------------------------------------------
