@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_support import cli, huggingface_hub
-from gpt2_support.files import check_regular, file_hash, hold_lock, make_folders
+from gpt2_support.files import DamagedFile, check_regular, file_hash, hold_lock, make_folders
 from gpt2_support.folders import BUNDLED_MODEL, MODELS_DIR, candidates
 from gpt2_support.formats.llmc import load_params
 from gpt2_support.formats.token_table import load_tokenizer
@@ -256,7 +256,7 @@ def fetch_all(url: str, folder: Path, name: str, effort: Effort) -> None:
 
 
 def convert_download(work: Path, folder: Path) -> None:
-    """Convert a downloaded checkpoint; if it is damaged, remove the files to download again."""
+    """Convert a downloaded checkpoint; if that fails, remove the files to download again."""
     try:
         convert(work, folder)
     except ValueError as error:
@@ -264,6 +264,9 @@ def convert_download(work: Path, folder: Path) -> None:
             path = work / name
             if "data" not in name or getattr(error, "path", None) == path:
                 path.unlink(missing_ok=True)
-        for path in work.glob("*.safetensors"):
+        weights = list(work.glob("*.safetensors"))
+        for path in weights:
             path.unlink()
+        if weights and not isinstance(error, DamagedFile):  # whole, but not the tensors of a GPT-2
+            raise
         raise ValueError(f"{error}; run this again to fetch the damaged file again") from None

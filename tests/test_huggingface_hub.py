@@ -334,6 +334,32 @@ def test_model_of_pytorch_alone_says_how_to_save_it(site, models, call):
     assert "save_pretrained" in line
 
 
+def test_model_with_other_tensors_says_so_and_not_to_try_again(site, models, call, tmp_path):
+    write_safetensors(tmp_path / "x", {**hf_arrays(), "score.weight": np.ones((2, 8), "f4")})
+    site.repositories[NAME][WEIGHTS] = (tmp_path / "x").read_bytes()
+    done = call(utils, "download", NAME, "--models_dir", models)
+    assert done.returncode == 1
+    assert "unexpected tensor score.weight" in done.stderr and "run this again" not in done.stderr
+    assert not list(models.rglob("*.safetensors")) + list(models.rglob("model.bin"))
+
+
+def test_passwords_of_servers_are_in_no_message(both, models, monkeypatch, capsys):
+    openai, site = both
+    monkeypatch.setenv("GPT2_BASE_URL", openai.url.replace("//", "//me:hunter2@"))
+    monkeypatch.setenv("HF_ENDPOINT", site.url.replace("//", "//me:hunter3@"))
+    openai.faults["vocab.bpe"] = [404, 500, 404]
+    assert_fetched(download(models, "124M"))
+    del site.repositories["openai-community/gpt2"]
+    (models / "124M" / "model.bin").unlink()
+    with pytest.raises(OSError, match="124M") as caught:
+        download(models, "124M")
+    for name in ("someone/none", NAME + "@v7"):
+        with pytest.raises(OSError, match=r"no such model|no revision") as second:
+            download(models, name)
+        assert "hunter" not in str(second.value)
+    assert "hunter" not in str(caught.value) + capsys.readouterr().err
+
+
 def test_shard_that_is_not_there_is_named(site, models, call):
     files = site.repositories[NAME]
     del files[WEIGHTS]
