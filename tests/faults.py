@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +47,17 @@ def in_process(function, *args):
     """Start a function in a process of its own, that says nothing; return the process."""
 
     def quietly():
+        errors = os.fdopen(os.dup(2), "w")
         nothing = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1, 2):
             os.dup2(nothing, number)
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         sys.modules["matplotlib"] = None  # slow to import
-        function(*args)
+        try:
+            function(*args)
+        except Exception:
+            traceback.print_exc(file=errors)
+            raise
 
     process = multiprocessing.get_context("fork").Process(target=quietly)
     process.start()
@@ -226,7 +232,7 @@ class Download:
             if (work / name).exists():
                 assert (work / name).read_bytes() == (self.site / name).read_bytes(), name
         if (self.models / "124M" / "model.bin").exists():
-            assert hub.find_problem(self.models / "124M") is None
+            assert hub.find_problem(self.models / "124M", "124M") is None
 
     def result(self):
         return read_files(self.models)
