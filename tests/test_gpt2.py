@@ -909,6 +909,10 @@ def test_sampling_parameters_may_be_any_numbers(number):
         for options in (limits, plain)
     )
     assert actual == expected
+    logits = gpt2.apply_repetition_penalty(normal(9).astype(np.float32), [1, 2], penalty)
+    plain = gpt2.apply_repetition_penalty(normal(9).astype(np.float32), [1, 2], 1.25)
+    np.testing.assert_array_equal(logits, plain)
+    assert logits.dtype == np.float32
     for got, same in zip(
         gpt2.next_token_probs(normal(9), half, top_p=half),
         gpt2.next_token_probs(normal(9), 0.5, top_p=0.5),
