@@ -162,6 +162,19 @@ def test_bpe_in_blocks_equals_naive_bpe_for_any_order_of_merges(longer, text, bl
     assert pretokens.bpe_in_blocks(encoder.bpe, text.encode(), ranks, tokens, block) == expected
 
 
+def test_bpe_in_blocks_goes_back_as_far_as_a_later_byte_reaches():
+    """Each byte prefers the next one, and the last pair comes first: all depends on the end."""
+    text = bytes(range(200))
+    pairs = [text[i : i + 2] for i in range(198, -1, -1)]
+    tokens = [*(bytes([byte]) for byte in range(256)), *pairs]
+    ranks = {token: id for id, token in enumerate(tokens)}
+    for n in (99, 100, 199, 200):
+        expected = naive_bpe(text[:n], ranks)
+        for block in (1, 10, 31, 98, 150):
+            ids = pretokens.bpe_in_blocks(encoder.bpe, text[:n], ranks, tokens, block)
+            assert ids == expected
+
+
 @pytest.mark.parametrize(
     "text",
     ["\0", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("ab", "é!", "子,")), "acgtgca"],
