@@ -244,7 +244,7 @@ def size_of(path: Path) -> int:
 def file_hash(path: Path, algorithm: str) -> hashlib._Hash:
     """Return the hash object of a file's contents; `algorithm` is "md5" or "sha256"."""
     digest = hashlib.new(algorithm, usedforsecurity=False)
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest

@@ -239,6 +239,8 @@ def fetch_model(name: str, work: Path, base_url: str | None, effort: Effort) -> 
 def fetch_all(url: str, folder: Path, name: str, effort: Effort) -> None:
     """Download OpenAI's files of a model into a folder; a file that is there has been verified."""
     sizes = MAX_BYTES | {DATA_FILE: DATA_BYTES[name]}
+    for path in filter(Path.exists, (folder / file_name for file_name in OPENAI_FILES)):
+        check_regular(path)
     reported_sha256 = SHA256_124M if name == "124M" else {}
     if not (folder / DATA_FILE).exists():
         size = f"{DATA_BYTES[name] / 1e6:,.1f} MB"

@@ -14,6 +14,7 @@ import re
 import shutil
 from pathlib import Path
 
+from gpt2_support.files import check_regular
 from gpt2_support.formats import huggingface
 from gpt2_support.formats.token_table import load_tokenizer
 from gpt2_support.http import BadAnswer, Effort, RefusedRequest, RemoteFile, fetch, look, public
@@ -96,7 +97,9 @@ class Repository:
     def fetch(self, file_name: str, folder: Path, max_bytes: int) -> Path:
         """Download a file unless it is there, and return its path."""
         path = folder / file_name
-        if not path.exists():
+        if path.exists():
+            check_regular(path)
+        else:
             fetch(self.url(file_name), path, max_bytes, None, self.token, self.effort)
         return path
 

@@ -297,17 +297,20 @@ def test_what_is_no_file_is_refused_before_anything_is_asked(tmp_path, quick, ki
         ("124M/model.bin", "pipe"),
         ("124M/tokenizer.bin", "folder"),
         ("124M/.download", "file"),
+        ("124M/.download/encoder.json", "folder"),
+        ("124M/.download/encoder.json", "pipe"),
+        ("124M/.download/encoder.json.part", "pipe"),
         (".124M.lock", "folder"),
         (".124M.lock", "pipe"),
     ],
 )
 def test_download_of_a_model_over_what_is_no_file_is_refused_at_once(tmp_path, quick, name, kind):
     path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "file": path.touch}[kind]()
     with serve(reply()) as server, pytest.raises(OSError, match=path.name):
         hub.download("124M", tmp_path, server.url)
-    assert not server.log
+    assert not server.log, name
 
 
 def test_password_in_the_environment_is_not_in_the_help(call, monkeypatch):
