@@ -78,7 +78,7 @@ def find(name: Path) -> Path:
     if str(name) in DATA_SETS:
         return download(str(name))
     fetched = folders.datasets_dir() / name
-    if str(name.with_suffix("")) in DATA_SETS and fetched.is_file():
+    if str(name) in map("{}.txt".format, DATA_SETS) and fetched.is_file():
         return fetched
     raise FileNotFoundError(f"{name}: no such file{advice(name)}")
 

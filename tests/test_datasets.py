@@ -144,6 +144,8 @@ def test_folder_does_not_hide_a_data_set_but_a_file_does(site, tmp_path, monkeyp
 
 
 def test_tokens_that_are_not_there_are_an_error_with_the_commands_that_make_them(call):
+    datasets.make_folder(folders.datasets_dir())
+    (folders.datasets_dir() / "tinystories.bin").touch()  # only texts are looked for there
     done = call(train, "--data", "tinystories.bin")
     first, second = done.stderr.splitlines()[-1].split(": make it with: ")[-1].split(" and then: ")
     assert done.returncode == 1
