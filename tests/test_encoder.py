@@ -4,6 +4,7 @@ import copy
 import doctest
 import inspect
 import json
+import os
 import pickle
 import random
 import re
@@ -485,7 +486,9 @@ def test_commands_refuse_an_output_that_is_an_input(call, enc, tmp_path, command
     text, out, table = (tmp_path / name for name in ("a.txt", "b.txt", "tokenizer.bin"))
     text.write_bytes(TEXT.encode())
     enc.save(table)
-    if link == "symlink":
+    if link == "symlink" and os.name == "nt":
+        pytest.skip("symbolic links need a privilege on Windows")
+    elif link == "symlink":
         out.symlink_to(text)
     elif link == "hard link":
         out.hardlink_to(text)
