@@ -357,7 +357,7 @@ def in_namespace(function, i, send):
         function(i)
         os._exit(0)
     send.send(pid)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os._exit(os.waitpid(pid, 0)[1] != 0)
 
 
 def enter_namespace():
