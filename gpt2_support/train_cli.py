@@ -66,7 +66,7 @@ def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentPa
             "python train.py --resume --out models/letters",
             "python train.py --eval_only --init models/letters --data others.txt",
         ],
-        guess=lambda args, words: f"a text to train on: --data {shlex.quote(words[0])}",
+        guess=lambda args, words: f"did you mean --data {shlex.quote(words[0])}?",
     )
     defaults = settings | DEFAULTS
 

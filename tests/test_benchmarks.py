@@ -415,13 +415,20 @@ def test_list_names_every_item(capsys, monkeypatch):
         assert item.name in listed
 
 
-def test_threads_are_divided_so_that_they_fit():
-    """`ours.settings` keeps to the cores that are allowed, and to a divisor of the batch."""
+def test_threads_that_are_tried_fit_the_cores_and_the_batch(monkeypatch):
     sys.modules.pop("ours", None)
     import ours
 
-    config = Config()
-    job = SimpleNamespace(B=6, T=1024, threads=1)
-    assert ours.settings(job, config).threads == 1
-    job.threads = 4
-    assert 6 % ours.settings(job, config).threads == 0
+    tried = []
+
+    def fastest(loss_and_grads, params, batch, counts):
+        tried.append(counts)
+        return SimpleNamespace(n_threads=counts[-1]), 1.0
+
+    monkeypatch.setattr(ours, "fastest", fastest)
+    for n_cores, counts in ((1, [1]), (4, [1, 2, 3])):
+        job = SimpleNamespace(B=6, T=1024, threads=n_cores)
+        params = SimpleNamespace(config=Config())
+        state = SimpleNamespace(params=params, config=ours.settings(job, params.config))
+        assert ours.choose_workers(job, state, None).n_threads == state.config.threads == counts[-1]
+        assert tried.pop() == counts
