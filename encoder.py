@@ -203,15 +203,13 @@ def replace_surrogates(text: str) -> str:
 def load(name: str | Path, models_dir: str | Path = hub.MODELS_DIR) -> Encoder:
     """Return the Encoder of a model in `models_dir`, such as "124M", or of a path.
 
-    The path is a folder or a token table in any format that `load_tokenizer` reads. Downloads a
-    model of OpenAI's or of the Hugging Face hub if it is not there yet. Raises FileNotFoundError,
-    or ValueError if the table is damaged.
+    The path is a folder or a token table in any format that `load_tokenizer` reads. What is not
+    there yet is downloaded: of OpenAI's models the token table alone, of the Hugging Face hub's the
+    model. Raises FileNotFoundError, or ValueError if the table is damaged.
     """
     if Path(name).exists():
         return Encoder(*token_table.load_tokenizer(name))
-    folder = Path(models_dir) / hub.MODEL_ALIASES.get(str(name), str(name))
-    folder = folder if folder.exists() else hub.find_model(name, models_dir)
-    return Encoder(*token_table.load_tokenizer(folder))
+    return Encoder(*token_table.load_tokenizer(hub.find_tokenizer(name, models_dir)))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -261,7 +259,7 @@ def learn_merges(pretokens: Counter[str], tokens: list[bytes], n_tokens: int) ->
     from tqdm import tqdm
 
     pairs = PairCounts(pretokens, {token: id for id, token in enumerate(tokens)})
-    for new in tqdm(range(len(tokens), n_tokens), "merges", unit=""):
+    for new in tqdm(range(len(tokens), n_tokens), "merges", unit="", file=messages.BarStream()):
         pair = pairs.pop_most_frequent()
         if pair is None:
             raise ValueError(

@@ -301,7 +301,7 @@ def train_step(
     if not math.isfinite(loss + grad_norm):
         raise Diverged(
             f"training has diverged: at step {state.step + 1} the loss is {loss} and the norm of "
-            f"the gradient {grad_norm}. The last checkpoint is untouched; try a lower --lr"
+            f"the gradient {grad_norm}. Checkpoints are as they were; try a lower --lr"
         )
     clip = min(1.0, config.grad_clip / (grad_norm + 1e-6))
     lr = learning_rate(state.step, config)
@@ -461,8 +461,8 @@ def parse_args(argv: Sequence[str] | None = None, group: ProcessGroup | None = N
         if state.config.ranks != group.size:
             settings["threads"] = None
         parser.set_defaults(state=state, **settings, **asdict(state.params.config))
-    elif args.init != "scratch":
-        parser.set_defaults(**train_cli.FINE_TUNING)
+    else:
+        parser.set_defaults(**train_cli.defaults_of(args))
     args = parser.parse_args(argv)
     train_cli.check_args(parser, args, parser.given(argv))
     args.out, args.group = train_cli.out_folder(args), group

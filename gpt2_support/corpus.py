@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_support.formats import llmc
-from gpt2_support.messages import info
+from gpt2_support.messages import BarStream, info
 from gpt2_support.pretokens import LAST_CUT
 
 CHUNK = 1 << 20  # characters read at a time
@@ -106,7 +106,9 @@ def read_texts(paths: Paths) -> Iterator[str]:
     from tqdm import tqdm
 
     is_empty = True
-    with tqdm(total=total_bytes(paths), desc="read", unit="B", unit_scale=True) as bar:
+    with tqdm(
+        total=total_bytes(paths), desc="read", unit="B", unit_scale=True, file=BarStream()
+    ) as bar:
         for path in paths:
             warn_unless_utf8(path)
             for chunk in read_chunks(path, CHUNK, bar.update):
@@ -241,7 +243,7 @@ def encode_files(
             raise ValueError(f"no text in {', '.join(map(str, paths))}: nothing to encode")
         check()
 
-    with tqdm(total=n_bytes, desc="encode", unit="B", unit_scale=True) as bar:
+    with tqdm(total=n_bytes, desc="encode", unit="B", unit_scale=True, file=BarStream()) as bar:
         batches = count_documents(read_documents(paths, docs, chunk_size, bar.update))
         n_procs = min(n_procs, 1 + n_bytes // (8 * chunk_size))
         n_tokens = llmc.save_tokens(out, encode_batches(enc, batches, n_procs), enc.n_vocab)

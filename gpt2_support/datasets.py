@@ -43,6 +43,7 @@ class DataSet(NamedTuple):
     url: str
     size: int | None = None  # in bytes, if it is known
     sha256: str | None = None
+    docs: str = "eot"  # what separates its documents, as --docs says it
 
 
 TINY_STORIES = "/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"  # on the hub
@@ -59,6 +60,7 @@ DATA_SETS = {
         f"{KARPATHY}makemore/master/names.txt",
         228_145,
         "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d",
+        docs="lines",
     ),
 }
 MAX_BYTES = 10**10  # of a data set whose size is not known
@@ -98,7 +100,7 @@ def advice(name: Path) -> str:
 
 def download(name: str, effort: Effort = Effort()) -> Path:  # noqa: B008 (it cannot be changed)
     """Fetch a data set, unless it is there, and return its path; raises as `http.fetch` does."""
-    url, size, sha256 = DATA_SETS[name]
+    url, size, sha256, _ = DATA_SETS[name]
     url = huggingface_hub.endpoint() + url if url.startswith("/") else url
     path = folders.datasets_dir() / f"{name}.txt"
     if path.is_file():

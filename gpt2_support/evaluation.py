@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpt2_support import blas
+from gpt2_support.messages import BarStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,7 +108,14 @@ def sum_losses(losses: Callable[[Batch], Float[ndarray, "B T"]], windows: Window
         return total, int(np.count_nonzero(batch[1] != windows.ignore))
 
     n_threads = min(blas.get_threads(), len(windows))
-    bar = tqdm(total=len(windows.tokens) - 1, desc="evaluate", unit="tok", leave=False, delay=2)
+    bar = tqdm(
+        total=len(windows.tokens) - 1,
+        desc="evaluate",
+        unit="tok",
+        leave=False,
+        delay=2,
+        file=BarStream(),
+    )
     sums = []
     with bar, blas.one_thread(), ThreadPoolExecutor(n_threads) as pool:
         try:

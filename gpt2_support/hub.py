@@ -17,8 +17,9 @@ from typing import Any
 from gpt2_support import cli, huggingface_hub
 from gpt2_support.files import DamagedFile, check_regular, file_hash, hold_lock, make_folders
 from gpt2_support.folders import BUNDLED_MODEL, MODELS_DIR, candidates
+from gpt2_support.formats import token_table
 from gpt2_support.formats.llmc import load_params
-from gpt2_support.formats.token_table import load_tokenizer
+from gpt2_support.formats.token_table import load_tokenizer, save_tokenizer
 from gpt2_support.http import NETWORK_ADVICE, BadAnswer, Effort, RefusedRequest, fetch, public
 from gpt2_support.messages import info, preview
 from gpt2_support.weights import convert, find_reader
@@ -104,6 +105,29 @@ def find_model(
         f"model.bin, at one of {', '.join(map(str, paths))}, or one of {', '.join(MODEL_NAMES)}, "
         f"or owner/name of the Hugging Face hub, to download{found_there(Path(name))}"
     )
+
+
+def find_tokenizer(name: str | Path, models_dir: str | Path = MODELS_DIR) -> Path:
+    """Return the folder of a model that has a token table, or the path that `find_model` finds.
+
+    Of one of OpenAI's models that is not there, the table alone is downloaded.
+    """
+    name = MODEL_ALIASES.get(str(name), str(name))
+    for folder in candidates(name, models_dir):
+        if folder.exists() and (has_tokenizer(folder) or name not in MODEL_NAMES):
+            return folder
+    if name not in MODEL_NAMES:
+        return find_model(name, models_dir)
+    return download_tokenizer(name, Path(models_dir))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a token table."""
+    try:
+        token_table.find_tokenizer(folder)
+    except OSError:
+        return False
+    return True
 
 
 def is_model(path: Path) -> bool:
@@ -201,6 +225,19 @@ def download(
     return folder
 
 
+def download_tokenizer(name: str, models_dir: Path) -> Path:
+    """Download the token table of one of OpenAI's models, not the weights; return its folder."""
+    folder = models_dir / name
+    work = folder / ".tokenizer"
+    models_dir.mkdir(parents=True, exist_ok=True)
+    with hold_lock(models_dir / f".{name}.lock"), make_folders(folder, work):
+        if not has_tokenizer(folder):  # another process may have downloaded it
+            source = fetch_model(name, work, None, Effort(), only_tokenizer=True)
+            save_tokenizer(folder / "tokenizer.bin", *load_tokenizer(source))
+        shutil.rmtree(work)
+    return folder
+
+
 def find_problem(folder: Path, name: str) -> Exception | None:
     """Return the error that loading a folder's model and tokenizer raises, or None.
 
@@ -215,20 +252,23 @@ def find_problem(folder: Path, name: str) -> Exception | None:
     return None
 
 
-def fetch_model(name: str, work: Path, base_url: str | None, effort: Effort) -> Path:
+def fetch_model(
+    name: str, work: Path, base_url: str | None, effort: Effort, only_tokenizer: bool = False
+) -> Path:
     """Download the files of a model to a folder, `work` or one in it, and return that one."""
     try:
         if name not in MODEL_NAMES:
             return huggingface_hub.fetch_model(name, work, work.parent, effort)
         base_url = (base_url or os.environ.get("GPT2_BASE_URL") or OPENAI_URL).rstrip("/")
         try:
-            fetch_all(f"{base_url}/{name}", work, name, effort)
+            fetch_all(f"{base_url}/{name}", work, name, effort, only_tokenizer)
             return work
         except (ConnectionError, RefusedRequest, BadAnswer) as error:
             failure = error
-        info(f"{failure}. The Hugging Face hub has the same weights: {COMMUNITY[name]}")
+        repository, target = COMMUNITY[name], work.parent
+        info(f"{failure}. The Hugging Face hub has the same model: {repository}")
         try:
-            return huggingface_hub.fetch_model(COMMUNITY[name], work, work.parent, effort)
+            return huggingface_hub.fetch_model(repository, work, target, effort, only_tokenizer)
         except (OSError, ValueError) as error:
             info(str(error))
         raise failure
@@ -236,16 +276,20 @@ def fetch_model(name: str, work: Path, base_url: str | None, effort: Effort) -> 
         raise ConnectionError(f"{error}{NETWORK_ADVICE}") from None
 
 
-def fetch_all(url: str, folder: Path, name: str, effort: Effort) -> None:
+def fetch_all(
+    url: str, folder: Path, name: str, effort: Effort, only_tokenizer: bool = False
+) -> None:
     """Download OpenAI's files of a model into a folder; a file that is there has been verified."""
     sizes = MAX_BYTES | {DATA_FILE: DATA_BYTES[name]}
-    for path in filter(Path.exists, (folder / file_name for file_name in OPENAI_FILES)):
+    file_names = tuple(TOKENIZER_SHA256) if only_tokenizer else OPENAI_FILES
+    for path in filter(Path.exists, (folder / file_name for file_name in file_names)):
         check_regular(path)
     reported_sha256 = SHA256_124M if name == "124M" else {}
-    if not (folder / DATA_FILE).exists():
-        size = f"{DATA_BYTES[name] / 1e6:,.1f} MB"
+    n_bytes = sum(sizes[name] for name in file_names if not (folder / name).exists())
+    if n_bytes:
+        size = f"{n_bytes / 1e6:,.1f} MB"
         info(f"{name}: downloading {size} from {public(url)} to {folder.parent}")
-    for file_name in OPENAI_FILES:
+    for file_name in file_names:
         path = folder / file_name
         if not path.exists():
             sha256 = TOKENIZER_SHA256.get(file_name)

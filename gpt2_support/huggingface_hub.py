@@ -119,12 +119,15 @@ class Repository:
         return f"{name}: no such model at {page}, or no {file_name} ({status}): check its name"
 
 
-def fetch_model(name: str, work: Path, target: Path, effort: Effort) -> Path:
+def fetch_model(
+    name: str, work: Path, target: Path, effort: Effort, only_tokenizer: bool = False
+) -> Path:
     """Download a GPT-2 of the hub to a folder in `work`, and return that one, to be converted.
 
-    Says what is downloaded, how large it is, and where to (`target`). Raises ValueError if it is
-    not a GPT-2 that we read, RefusedRequest if the hub has no such model or does not give it, and
-    what `fetch` raises. A download that was interrupted goes on if the model is still the same.
+    Says what is downloaded, how large it is, and where to (`target`). `only_tokenizer` leaves out
+    the weights. Raises ValueError if it is not a GPT-2 that we read, RefusedRequest if the hub has
+    no such model or does not give it, and what `fetch` raises. A download that was interrupted goes
+    on if the model is still the same.
     """
     repository = Repository(name, effort)
     folder = work / repository.revision
@@ -135,6 +138,8 @@ def fetch_model(name: str, work: Path, target: Path, effort: Effort) -> Path:
                 path.unlink()
     try:
         config = fetch_small_files(repository, folder)
+        if only_tokenizer:
+            return folder
         sizes = find_weights(repository, folder, config)
     except (ValueError, RefusedRequest):
         names = [path.name.removesuffix(".part") for path in folder.iterdir()]

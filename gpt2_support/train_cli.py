@@ -168,6 +168,14 @@ def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentPa
     return parser
 
 
+def defaults_of(args: Namespace) -> dict[str, Any]:
+    """Return the defaults that differ for a model that is tuned, and for a data set by name."""
+    defaults: dict[str, Any] = dict(FINE_TUNING) if args.init != "scratch" else {}
+    if str(args.data) in datasets.DATA_SETS:
+        defaults["docs"] = datasets.DATA_SETS[str(args.data)].docs
+    return defaults
+
+
 def check_args(parser: cli.ArgumentParser, args: Namespace, given: set[str]) -> None:
     """End with an error if an argument is missing, or if one that was given would do nothing."""
     if not args.data:

@@ -63,7 +63,9 @@ def site(tmp_path, monkeypatch):
             (tmp_path / "site" / f"{name}.txt").write_bytes(data)
         digest = hashlib.sha256(contents["names"]).hexdigest()
         size = len(contents["names"])
-        names = datasets.DataSet(f"{server.url}/names.txt", size, digest)
+        names = datasets.DATA_SETS["names"]._replace(
+            url=f"{server.url}/names.txt", size=size, sha256=digest
+        )
         monkeypatch.setitem(datasets.DATA_SETS, "names", names)
         monkeypatch.setitem(datasets.DATA_SETS, "tinystories", datasets.DataSet("/tinystories.txt"))
         server.contents = contents
@@ -116,12 +118,14 @@ def test_download_of_a_data_set_refuses_the_flags_of_models(call, site):
 
 def test_train_fetches_a_data_set_at_first_use_and_resumes(no_picture, call, site, tmp_path):
     out = tmp_path / "run"
-    flags = ("--n_vocab", 260, "--docs", "lines", "--n_layer", 1, "--n_embd", 8, "--n_head", 2)
+    flags = ("--n_vocab", 260, "--n_layer", 1, "--n_embd", 8, "--n_head", 2)
     flags += ("--n_ctx", 8, "--batch_size", 2, "--steps", 2, "--eval_tokens", 100, "--out", out)
     done = call(train, "--data", "names", "--val_data", "names", *flags)
     assert done.returncode == 0, done.stderr
     assert call(train, "--resume", "--out", out, "--steps", 3).returncode == 0
-    assert train.load_checkpoint(out).config.data == str(downloaded("names").resolve())
+    config = train.load_checkpoint(out).config
+    assert config.data == str(downloaded("names").resolve())
+    assert config.docs == "lines"  # a name a line, without being told
     assert len(site.log) == 1
 
 
@@ -164,7 +168,7 @@ def test_tokens_that_are_not_there_are_an_error_with_the_commands_that_make_them
 def test_known_hashes_are_those_of_the_reference_texts(shared):
     for name in ("names", "tinyshakespeare"):
         data = shared(f"text/{name}.txt").read_bytes()
-        _, size, sha256 = datasets.DATA_SETS[name]
+        _, size, sha256, _ = datasets.DATA_SETS[name]
         assert (len(data), hashlib.sha256(data).hexdigest()) == (size, sha256)
 
 

@@ -15,6 +15,7 @@ from conftest import ROOT
 from helpers import TINY
 from model_files import assert_equal, contents
 
+import encoder
 import utils
 from gpt2_support import http, hub
 from gpt2_support.formats import llmc
@@ -66,6 +67,31 @@ def test_download_again_finds_the_work_done(fetch, site, capsys):
     fetch("gpt2")
     assert site.log == []
     assert "already downloaded" in capsys.readouterr().err
+
+
+def test_encoder_load_downloads_the_token_table_alone(fetch, site, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GPT2_BASE_URL", site.url)
+    enc = encoder.load("gpt2", tmp_path / "models")
+    assert [name for name, *_ in site.log] == ["encoder.json", "vocab.bpe"]
+    assert [path.name for path in fetch.folder.iterdir()] == ["tokenizer.bin"]
+    assert re.search(r"124M: downloading [\d.]+ MB from .* to .*124M\n", capsys.readouterr().err)
+    site.log.clear()
+    assert encoder.load("124M", tmp_path / "models").tokens == enc.tokens
+    assert site.log == []
+    fetch()  # the weights join it
+    assert_fetched(fetch.folder)
+    assert encoder.load(fetch.folder).tokens == enc.tokens
+
+
+def test_encoder_load_leaves_an_unfinished_download_of_the_model(
+    fetch, site, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("GPT2_BASE_URL", site.url)
+    part = fetch.folder / ".download" / f"{DATA}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"half")
+    encoder.load("124M", tmp_path / "models")
+    assert part.read_bytes() == b"half"
 
 
 def test_download_keeps_openais_files_when_asked(fetch):

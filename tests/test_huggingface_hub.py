@@ -465,6 +465,14 @@ def both(site, tmp_path, monkeypatch):
         yield openai, site
 
 
+def test_openais_token_table_comes_from_the_hub_without_the_weights(both, models):
+    openai, site = both
+    openai.faults["encoder.json"] = [404]
+    assert encoder.load("gpt2", models).n_vocab == TINY.n_vocab
+    assert [path.name for path in models.rglob("*") if path.is_file()] == ["tokenizer.bin"]
+    assert not any("safetensors" in str(entry) for entry in site.log)
+
+
 @pytest.mark.parametrize("fault", [404, 403, "page", "hidden page", "gzip", 500])
 @pytest.mark.parametrize(
     "name",
@@ -479,8 +487,7 @@ def test_openais_model_comes_from_the_hub_where_its_server_answers_badly(
     assert_fetched(models / "124M")
     assert sorted(path.name for path in models.rglob("*")) == ["124M", "model.bin", "tokenizer.bin"]
     assert (
-        "The Hugging Face hub has the same weights: openai-community/gpt2"
-        in capsys.readouterr().err
+        "The Hugging Face hub has the same model: openai-community/gpt2" in capsys.readouterr().err
     )
 
 
