@@ -122,7 +122,7 @@ class TrainState:
     best_loss: float = math.inf  # the lowest validation loss so far, in nats a token
     optimizer: AdamW = None  # type: ignore[assignment]  # made below
     data: dict[str, str] | None = None  # what tells the data from any other
-    is_whole: bool = True  # False in the midst of an update
+    is_consistent: bool = True  # False in the midst of an update
 
     def __post_init__(self) -> None:
         self.optimizer = self.optimizer or AdamW(self.params)
@@ -305,11 +305,11 @@ def train_step(
         )
     clip = min(1.0, config.grad_clip / (grad_norm + 1e-6))
     lr = learning_rate(state.step, config)
-    state.step, state.is_whole = state.step + 1, False
+    state.step, state.is_consistent = state.step + 1, False
     state.optimizer.step(params, grads, lr, state.step, config, clip, workers.parallel)
     if state.optimizer.is_sharded:
         group.all_gather_into(params.flat)
-    state.is_whole = True
+    state.is_consistent = True
     return loss, grad_norm, lr
 
 

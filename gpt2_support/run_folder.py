@@ -161,7 +161,7 @@ def saved_on_error(save: Callable[[], object], state: Any) -> Iterator[None]:
     except Diverged:
         raise
     except Exception:
-        if state.step > 0 and state.is_whole and not state.optimizer.is_sharded:
+        if state.step > 0 and state.is_consistent and not state.optimizer.is_sharded:
             with never_fatal("save after an error"):
                 save()
         raise

@@ -38,19 +38,19 @@ class LogFile:
         lines = [HEADER, *(",".join(row.values()) for row in self.rows)]
         with atomic_write(self.path) as file:
             file.write("".join(f"{line}\n" for line in lines).encode())
-        self.is_whole = True
+        self.is_intact = True
 
     def add(self, *values: float | None) -> None:
         """Append a row at once; None is an empty cell."""
         cells = ["" if x is None else str(x) if type(x) is int else f"{x:.6g}" for x in values]
         self.rows.append(dict(zip(COLUMNS, cells, strict=True)))
-        if self.is_whole:
-            self.is_whole = False
+        if self.is_intact:
+            self.is_intact = False
             with never_fatal("write a row of the log, which waits for the next checkpoint"):
                 with with_path(self.path), open(self.path, "r+", encoding="utf-8") as file:
                     file.seek(0, os.SEEK_END)  # "r+" makes no new file, which would lack the rest
                     file.write(",".join(cells) + "\n")
-                self.is_whole = True
+                self.is_intact = True
 
 
 class RunLog:
@@ -78,7 +78,7 @@ class RunLog:
         """Go on in a folder, where a checkpoint is now, with all rows."""
         if self.file:
             self.file.path = folder / "log.csv"
-            if not self.file.is_whole:
+            if not self.file.is_intact:
                 with never_fatal("write the log"):
                     self.file.save()
 

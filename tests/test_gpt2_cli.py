@@ -359,7 +359,7 @@ def test_cli_with_nobody_reading_its_output_says_nothing(random_model):
 
 @pytest.mark.skipif(os.name == "nt", reason="a parent cannot close it there")
 @pytest.mark.parametrize(
-    "closed, status, shown",
+    "closed, status, expected",
     [
         pytest.param([0], 1, "standard input is closed", marks=pytest.mark.thorough),
         pytest.param([1], 0, "prefill", marks=pytest.mark.thorough),
@@ -368,7 +368,7 @@ def test_cli_with_nobody_reading_its_output_says_nothing(random_model):
     ],
     ids=str,
 )
-def test_cli_with_closed_streams_shows_what_it_can(cat, closed, status, shown):
+def test_cli_with_closed_streams_shows_what_it_can(cat, closed, status, expected):
     prompt = "-" if 0 in closed else "The cat"
     done = subprocess.run(
         [sys.executable, gpt2.__file__, prompt, "--model", str(cat), "--stats"],
@@ -378,7 +378,7 @@ def test_cli_with_closed_streams_shows_what_it_can(cat, closed, status, shown):
         encoding="utf-8",
     )
     assert done.returncode == status
-    assert shown in done.stdout + done.stderr
+    assert expected in done.stdout + done.stderr
     assert "Traceback" not in done.stderr and "prefill" not in done.stdout
 
 
@@ -630,5 +630,5 @@ def test_cli_escapes_control_characters_on_a_terminal(tmp_path, cli, monkeypatch
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     cli("a", "--model", model)
     cli("a", "--model", model, "--explain", "--n_samples", 2, "--temperature", 0)
-    shown = r"\x1b]0;b\x07" + "\tc\n" + r"\x9b2Jd\x7f\r" + "\n"
-    assert terminal.getvalue() == 3 * shown
+    expected = r"\x1b]0;b\x07" + "\tc\n" + r"\x9b2Jd\x7f\r" + "\n"
+    assert terminal.getvalue() == 3 * expected

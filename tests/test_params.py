@@ -66,7 +66,7 @@ def test_params_refuses_a_buffer_of_another_length():
         Params(TINY, np.zeros(n_params(TINY) + 1, np.float32))
 
 
-def assert_is_whole(params, like):
+def assert_is_one(params, like):
     """The values of `like`, in a buffer that the named arrays view."""
     assert params.flat.tobytes() == like.flat.tobytes() and params.config == like.config
     params.flat[...] = np.arange(params.flat.size)
@@ -81,7 +81,7 @@ def assert_is_whole(params, like):
 )
 def test_params_copies_are_whole_and_their_own(duplicate):
     original = random_params(TINY, np.float32)
-    assert_is_whole(duplicate(original), original)
+    assert_is_one(duplicate(original), original)
     assert (original.flat == random_params(TINY, np.float32).flat).all()
 
 
@@ -89,7 +89,7 @@ def test_params_copies_of_a_mapped_file_can_be_changed(tmp_path):
     llmc.save_params(tmp_path / "model.bin", random_params(TINY, np.float32))
     mapped = llmc.load_params(tmp_path / "model.bin")
     for duplicate in (mapped.copy(), copy.deepcopy(mapped)):
-        assert_is_whole(duplicate, mapped)
+        assert_is_one(duplicate, mapped)
 
 
 def test_params_copied_together_with_their_buffer_stay_together():
@@ -138,7 +138,7 @@ def test_params_refuse_what_would_part_names_and_buffer(assign, message):
     params = random_params(TINY)
     with pytest.raises((AttributeError, ValueError, KeyError, TypeError), match=message):
         assign(params)
-    assert_is_whole(params, random_params(TINY))
+    assert_is_one(params, random_params(TINY))
 
 
 def test_params_read_only_say_to_copy_first(tmp_path):

@@ -83,9 +83,9 @@ def test_damaged_log_is_set_aside_and_the_run_goes_on(trained, call, damage):
 
 
 def test_run_log_escapes_control_characters_of_a_sample_on_a_terminal(monkeypatch):
-    for is_terminal, shown in ((True, r"a\x1b[2J"), (False, "a\x1b[2J")):
+    for is_terminal, expected in ((True, r"a\x1b[2J"), (False, "a\x1b[2J")):
         stream = io.StringIO()
         monkeypatch.setattr(stream, "isatty", lambda is_terminal=is_terminal: is_terminal)
         with runlog.RunLog(None, 0, 1) as log:
             log.write("a\x1b[2J", file=stream)
-        assert stream.getvalue() == f"{shown}\n"
+        assert stream.getvalue() == f"{expected}\n"

@@ -82,9 +82,9 @@ def test_stream_result_does_not_depend_on_the_tokens():
         expected = text[: min(starts)] if starts else text
         raw = text.encode()
         cuts = sorted(data.draw(st.sets(st.integers(0, len(raw)))))
-        pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
-        enc = encoder.Encoder([*pieces, b"<|endoftext|>"], len(pieces))
-        assert stream_text(range(len(pieces)), stops, enc) == (expected, bool(starts))
+        parts = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+        enc = encoder.Encoder([*parts, b"<|endoftext|>"], len(parts))
+        assert stream_text(range(len(parts)), stops, enc) == (expected, bool(starts))
 
     check()
 
