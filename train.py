@@ -278,8 +278,8 @@ def l2_norm(values: Flat, parallel: Parallel = serial, block: int = 1 << 16) -> 
     starts = range(0, len(values), block)
 
     def squares(i: int, n: int) -> list[float]:
-        blocks = (values[at : at + block] for at in starts[i::n])
-        return [float(np.dot(block, block)) for block in blocks]
+        parts = (values[at : at + block] for at in starts[i::n])
+        return [float(np.dot(part, part)) for part in parts]
 
     return math.sqrt(math.fsum(itertools.chain(*parallel(squares))))  # the same in any order
 

@@ -54,7 +54,7 @@ class Config:
 def whole_number(value: object) -> int | None:
     """Return a whole number of any type as an int; None for any other value, also a bool."""
     try:
-        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        return None if isinstance(value, bool | np.bool_) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return None
 

@@ -10,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub_server
 import numpy as np
 import openai_files
 import pytest
 from helpers import ROOT
+from model_files import write_hf
 
 import gpt2
 from gpt2_support.params import Config
@@ -111,8 +113,21 @@ def expect_small_files(folder):
 
 
 @pytest.fixture(scope="module")
-def run(clone):
-    """`run(["gpt2.py", "x"])` runs a command in the clone, with a server for OpenAI's."""
+def hub(tmp_path_factory):
+    """A server as the Hugging Face hub, with a small distilgpt2."""
+    folder = tmp_path_factory.mktemp("hub")
+    write_hf(folder)
+    openai_files.write_tokenizer(folder)
+    (folder / "encoder.json").rename(folder / "vocab.json")
+    (folder / "vocab.bpe").rename(folder / "merges.txt")
+    with hub_server.serve() as site:
+        site.add("distilbert/distilgpt2", folder)
+        yield site
+
+
+@pytest.fixture(scope="module")
+def run(clone, hub):
+    """`run(["gpt2.py", "x"])` runs a command in the clone, with servers for what it downloads."""
     with openai_files.serve(clone / "site") as server:
 
         def command(words):
@@ -124,7 +139,7 @@ def run(clone):
             argv = [sys.executable, *start, *words[1:]]
             argv = [word.replace("http://127.0.0.1:8123", server.url) for word in argv]
             env = {**os.environ, "GPT2_BASE_URL": server.url, "NO_PROXY": "127.0.0.1"}
-            env["GPT2_DATASETS_DIR"] = str(clone / "datasets")
+            env |= {"GPT2_DATASETS_DIR": str(clone / "datasets"), "HF_ENDPOINT": hub.url}
             pipes = {"capture_output": True, "text": True, "encoding": "utf-8"}
             return subprocess.run(argv, cwd=clone, env=env, timeout=120, **pipes)
 
