@@ -326,7 +326,7 @@ def evaluate(
     which must be predicted as any other token. See `Windows` for seq_len and stride, and for what
     raises ValueError.
     """
-    windows = Windows(tokens, seq_len, stride, ignore=gpt2.IGNORE_INDEX)
+    windows = Windows(tokens, seq_len, stride)
     nats = sum_losses(lambda batch: gpt2.token_losses(params, *batch), windows)
     return Evaluation(nats, len(tokens) - 1, int(lengths[tokens[1:]].sum()))
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpt2_support import blas
+from gpt2_support.checks import IGNORE_INDEX
 from gpt2_support.messages import BarStream
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Windows:
     Each of the N - 1 tokens after the first is a target once, in the first window that reaches it:
     a smaller stride gives it more context, and takes more time. A window has seq_len + 1 tokens
     with the last target: the usual recipe for perplexity, whose windows of L tokens give a loss to
-    L - 1 of them, is seq_len = L - 1 here. `ignore` marks all other targets.
+    L - 1 of them, is seq_len = L - 1 here. All other targets are IGNORE_INDEX.
     Raises ValueError if there are not two tokens, or for a stride outside 1 to seq_len.
     """
 
@@ -65,14 +66,13 @@ class Windows:
         seq_len: int,
         stride: int | None = None,
         batch_size: int | None = None,
-        ignore: int = -1,
     ) -> None:
         stride = seq_len if stride is None else stride
         if len(tokens) < 2:
             raise ValueError(f"cannot evaluate on {len(tokens)} tokens: two at least are needed")
         if not 1 <= stride <= seq_len:
             raise ValueError(f"the stride is {stride}, expected 1 to seq_len, {seq_len}")
-        self.tokens, self.seq_len, self.ignore = tokens, seq_len, ignore
+        self.tokens, self.seq_len = tokens, seq_len
         self.overlap = seq_len - stride
         self.batch_size = batch_size or max(1, TOKENS_PER_BATCH // seq_len)
         self.starts = range(0, max(1, len(tokens) - 1 - self.overlap), stride)
@@ -84,13 +84,13 @@ class Windows:
         """Return the tokens and targets of batch i, (B, T) each."""
         starts = self.starts[i * self.batch_size : (i + 1) * self.batch_size]
         x = np.zeros((len(starts), self.seq_len), np.int64)
-        y = np.full_like(x, self.ignore)
+        y = np.full_like(x, IGNORE_INDEX)
         for row, start in enumerate(starts):
             window = self.tokens[start : start + self.seq_len + 1]
             x[row, : len(window) - 1] = window[:-1]
             y[row, : len(window) - 1] = window[1:]
             if start > 0:
-                y[row, : self.overlap] = self.ignore  # a target in the window before
+                y[row, : self.overlap] = IGNORE_INDEX  # a target in the window before
         return x, y
 
 
@@ -105,7 +105,7 @@ def sum_losses(losses: Callable[[Batch], Float[ndarray, "B T"]], windows: Window
     def nats(i: int) -> tuple[float, int]:
         batch = windows.batch(i)
         total = float(losses(batch).sum(dtype=np.float64))
-        return total, int(np.count_nonzero(batch[1] != windows.ignore))
+        return total, int(np.count_nonzero(batch[1] != IGNORE_INDEX))
 
     n_threads = min(blas.get_threads(), len(windows))
     bar = tqdm(

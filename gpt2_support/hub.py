@@ -285,9 +285,10 @@ def fetch_all(
     for path in filter(Path.exists, (folder / file_name for file_name in file_names)):
         check_regular(path)
     reported_sha256 = SHA256_124M if name == "124M" else {}
-    n_bytes = sum(sizes[name] for name in file_names if not (folder / name).exists())
-    if n_bytes:
-        size = f"{n_bytes / 1e6:,.1f} MB"
+    large = TOKENIZER_SHA256 if only_tokenizer else [DATA_FILE]  # whose sizes are known
+    missing = [sizes[file_name] for file_name in large if not (folder / file_name).exists()]
+    if missing:
+        size = f"{sum(missing) / 1e6:,.1f} MB"
         info(f"{name}: downloading {size} from {public(url)} to {folder.parent}")
     for file_name in file_names:
         path = folder / file_name

@@ -146,6 +146,13 @@ def write_tokenizer(folder):
     (folder / "vocab.bpe").write_text("#version: 0.2\nĠ t\nh e\nĠt he\n", encoding="utf-8")
 
 
+def write_hf_tokenizer(folder):
+    """Write the same table under Hugging Face's names."""
+    write_tokenizer(folder)
+    (folder / "encoder.json").rename(folder / "vocab.json")
+    (folder / "vocab.bpe").rename(folder / "merges.txt")
+
+
 def write_checkpoint(folder, config=None, arrays=None, **options):
     """Write a checkpoint in OpenAI's layout; return its config and arrays."""
     config = config or Config(N_VOCAB, n_ctx=8, n_embd=8, n_head=2, n_layer=2)

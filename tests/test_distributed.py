@@ -78,13 +78,6 @@ def mpi(launcher):
 
 
 @pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "fish.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
-
-
-@pytest.fixture
 def fish(text):
     """Arguments for a short run on a small text; `fish("--steps", 4)` adds to them."""
     tiny = "--n_vocab 260 --n_layer 2 --n_head 2 --n_embd 8 --n_ctx 8 --batch_size 12 --warmup 2"

@@ -352,21 +352,26 @@ def test_generate_gives_n_tokens(n_tokens):
     assert all(len(ids) == 2 for ids in actual)
 
 
-def test_generate_is_lazy_and_reads_no_token_in_vain(monkeypatch):
-    counts = []
-    transformer = gpt2.transformer
+@pytest.fixture
+def shapes_read(monkeypatch):
+    """The shapes (B, T) of the tokens that the model reads, one after the other."""
+    shapes, transformer = [], gpt2.transformer
 
-    def counting(params, tokens, *args):
-        counts.append(tokens.size)
+    def recording(params, tokens, *args):
+        shapes.append(tokens.shape)
         return transformer(params, tokens, *args)
 
-    monkeypatch.setattr(gpt2, "transformer", counting)
+    monkeypatch.setattr(gpt2, "transformer", recording)
+    return shapes
+
+
+def test_generate_is_lazy_and_reads_no_token_in_vain(shapes_read):
     ids = gpt2.generate(random_params(), [5, 9, 2], 4, eot=None)
-    assert counts == []
+    assert shapes_read == []
     next(ids)
-    assert counts == [3]
+    assert shapes_read == [(1, 3)]
     list(ids)
-    assert counts == [3, 1, 1, 1]
+    assert shapes_read == [(1, 3), (1, 1), (1, 1), (1, 1)]
 
 
 def test_generate_ends_before_end_of_text():
@@ -449,18 +454,10 @@ def test_generate_of_a_batch_repeats_end_of_text_for_a_row_that_began_with_it():
     assert steps == [[eot, id] for id in free[second]]
 
 
-def test_generate_reads_equal_prompts_once(monkeypatch):
-    counts = []
-    transformer = gpt2.transformer
-
-    def counting(params, tokens, *args):
-        counts.append(tokens.shape)
-        return transformer(params, tokens, *args)
-
-    monkeypatch.setattr(gpt2, "transformer", counting)
+def test_generate_reads_equal_prompts_once(shapes_read):
     prompts = [[5, 9, 2], [1, 1], [5, 9, 2], [5, 9, 2]]
     list(gpt2.generate(random_params(), prompts, 2, eot=None))
-    assert counts == [(1, 3), (1, 2), (4, 1)]
+    assert shapes_read == [(1, 3), (1, 2), (4, 1)]
 
 
 def test_generate_repeats_itself_for_a_seed_and_only_for_it():

@@ -28,14 +28,8 @@ WEIGHTS = "model.safetensors"
 def folder(tmp_path):
     """A folder of Hugging Face's, with tokenizer."""
     write_hf(tmp_path / "in")
-    write_tokenizer(tmp_path / "in")
+    openai_files.write_hf_tokenizer(tmp_path / "in")
     return tmp_path / "in"
-
-
-def write_tokenizer(folder):
-    openai_files.write_tokenizer(folder)
-    (folder / "encoder.json").rename(folder / "vocab.json")
-    (folder / "vocab.bpe").rename(folder / "merges.txt")
 
 
 @pytest.fixture

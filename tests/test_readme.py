@@ -117,9 +117,7 @@ def hub(tmp_path_factory):
     """A server as the Hugging Face hub, with a small distilgpt2."""
     folder = tmp_path_factory.mktemp("hub")
     write_hf(folder)
-    openai_files.write_tokenizer(folder)
-    (folder / "encoder.json").rename(folder / "vocab.json")
-    (folder / "vocab.bpe").rename(folder / "merges.txt")
+    openai_files.write_hf_tokenizer(folder)
     with hub_server.serve() as site:
         site.add("distilbert/distilgpt2", folder)
         yield site
