@@ -74,12 +74,16 @@ def test_encoder_load_downloads_the_token_table_alone(fetch, site, tmp_path, mon
     enc = encoder.load("gpt2", tmp_path / "models")
     assert [name for name, *_ in site.log] == ["encoder.json", "vocab.bpe"]
     assert [path.name for path in fetch.folder.iterdir()] == ["tokenizer.bin"]
-    assert re.search(r"124M: downloading [\d.]+ MB from .* to .*124M\n", capsys.readouterr().err)
+    sizes = [hub.MAX_BYTES[name] for name in hub.TOKENIZER_SHA256]
+    told = re.escape(f"124M: downloading {sum(sizes) / 1e6:,.1f} MB from")
+    assert re.search(rf"{told} .* to .*124M\n", capsys.readouterr().err)
     site.log.clear()
     assert encoder.load("124M", tmp_path / "models").tokens == enc.tokens
     assert site.log == []
     fetch()  # the weights join it
     assert_fetched(fetch.folder)
+    told = f"124M: downloading {hub.DATA_BYTES['124M'] / 1e6:,.1f} MB from"
+    assert told in capsys.readouterr().err
     assert encoder.load(fetch.folder).tokens == enc.tokens
 
 
