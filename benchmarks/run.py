@@ -42,6 +42,7 @@ class Party:
     needs: tuple = ()  # packages, besides our own
     options: dict = field(default_factory=dict)  # added to each job
     at_most: int = 1000  # repeats, where waiting for more would not pay
+    is_quick: bool = True  # whether --quick measures it
 
 
 PARTIES = {
@@ -49,10 +50,10 @@ PARTIES = {
     "huggingface": Party("Hugging Face", "huggingface.py", ("torch", "transformers")),
     "ctranslate2": Party("CTranslate2", "ctranslate2_peer.py", ("ctranslate2", "transformers")),
     "pytorch": Party("PyTorch", "pytorch.py", ("torch",), {"compiled": False}),
-    "compiled": Party("PyTorch, compiled", "pytorch.py", ("torch",), {"compiled": True}, 3),
+    "compiled": Party("PyTorch, compiled", "pytorch.py", ("torch",), {"compiled": True}, 3, False),
     "tiktoken": Party("tiktoken", "bpe.py", ("tiktoken",)),
     "tokenizers": Party("HF tokenizers", "bpe.py", ("tokenizers",)),
-    "naive": Party("naive NumPy", "naive.py", (), {}, 2),
+    "naive": Party("naive NumPy", "naive.py", (), {}, 2, False),
 }
 PACKAGES = sorted({package for party in PARTIES.values() for package in party.needs})
 FIND_VERSIONS = """
@@ -211,7 +212,9 @@ def new_record(bench, chosen):
 def new_result(bench, who):
     """Return the result of a party that has none yet, and its problem if it cannot have any."""
     problem = ""
-    if who not in bench.pythons:
+    if bench.args.quick and not PARTIES[who].is_quick:
+        problem = "slow: --quick leaves it out"
+    elif who not in bench.pythons:
         lacking = [name for name in PARTIES[who].needs if name not in bench.versions]
         problem = f"not installed: pip install {' '.join(lacking or PARTIES[who].needs)}"
     return {"seconds": [], "peak_bytes": [], "check": [], "problem": problem}
@@ -262,7 +265,8 @@ def parse_args(argv=None):
     add("--list", action="store_true", help="list the items and go")
     add("--repeats", type=int, help="turns of everyone; without it 5, or 1 with --quick")
     add("--seconds", type=float, help="to measure in each turn at least; without it 2, or 0.2")
-    add("--quick", action="store_true", help="a coarse look: one short turn of a few items")
+    add("--quick", action="store_true", help="a coarse look: one short turn, half of the items, "
+        "no slow peers")  # fmt: skip
     add("--threads", type=int, help="cores that everyone may use; without it, all")
     add("--peer_python", type=Path, help="an interpreter that has peers which this one lacks")
     add("--json", type=Path, help="file for all that was measured")

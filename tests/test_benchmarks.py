@@ -252,7 +252,7 @@ def test_plot_is_a_png(tmp_path):
 
 
 @pytest.mark.thorough
-def test_every_item_of_ours_runs_where_no_peer_is(alone):
+def test_every_item_of_ours_runs_where_no_peer_is(alone, uncounted):
     record = measure("--repeats", 1)
     names = [item.name for item in items.make_items(items.TINY)]
     assert [entry["name"] for entry in record["items"]] == names
@@ -272,7 +272,7 @@ def test_every_item_of_ours_runs_where_no_peer_is(alone):
 
 
 @pytest.mark.thorough
-def test_figures_are_those_of_the_processes(alone, monkeypatch, capsys):
+def test_figures_are_those_of_the_processes(alone, uncounted, monkeypatch, capsys):
     answers, run_json = [], suite.run_json
 
     def record_answer(argv, env=None):

@@ -272,7 +272,7 @@ def test_command_on_two_ranks_does_what_one_process_does(no_picture, mpi, call, 
 @pytest.mark.parametrize(
     "first, then", [((2, "--shard"), (1,)), ((1,), (2, "--shard")), ((3,), (2,))]
 )
-def test_command_resumes_on_another_number_of_ranks(mpi, run, fish, text, first, then):
+def test_command_resumes_on_another_number_of_ranks(mpi, run, uncounted, fish, text, first, then):
     def train_on(n, *args):
         done = run(*args) if n == 1 else mpi(n, *args)
         assert done.returncode == 0, done.stderr

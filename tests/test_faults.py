@@ -36,11 +36,12 @@ DATA = "model.ckpt.data-00000-of-00001"
 
 
 SLOW = ("train", "overwrite", "failing output")
+SLOW_MARKS = [pytest.mark.thorough, pytest.mark.no_cover]
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(x, marks=[pytest.mark.thorough] if x in SLOW else []) for x in faults.JOBS],
+    [pytest.param(x, marks=SLOW_MARKS if x in SLOW else []) for x in faults.JOBS],
 )
 def test_disturbed_job_loses_nothing_and_comes_to_its_result(name, tmp_path, thorough):
     if name == "two namespaces" and not faults.has_namespaces():

@@ -413,6 +413,7 @@ def test_generate_from_an_empty_prompt_starts_from_end_of_text(eot):
 PROMPTS = [[5, 9, 2], [1], [7] * 14, [], [], [5, 9, 2], list(range(16)), []]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     "sampling",
     [

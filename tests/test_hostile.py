@@ -38,6 +38,8 @@ from gpt2_support import http, hub, runlog, weights
 from gpt2_support.formats import crc32c, huggingface, llmc, tensorflow, token_table
 from gpt2_support.params import Config, named_shapes
 
+# Counting lines doubles the time, and other tests reach the same lines.
+pytestmark = pytest.mark.no_cover
 FUZZ = float(os.environ.get("FUZZ", 1))
 FUZZ_DIVISOR = 1
 SECONDS = 20  # of computing: more than this for a small file counts as a hang

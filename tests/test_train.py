@@ -337,6 +337,7 @@ def test_train_step_refuses_read_only_parameters_before_it_changes_anything(tmp_
     assert state.step == 1
 
 
+@pytest.mark.no_cover
 def test_training_overfits_one_batch():
     rates = {"lr": 1e-2, "min_lr": 1e-3, "warmup": 10, "weight_decay": 0.0}
     state = make_state(
@@ -461,7 +462,7 @@ def test_command_encodes_a_text_once_until_it_changes(trained, call, fish, text)
 
 
 @pytest.mark.thorough
-def test_command_resumes_a_killed_run_bit_for_bit(fish, text, out, run):
+def test_command_resumes_a_killed_run_bit_for_bit(fish, text, out, run, uncounted):
     whole = text.parent / "whole"
     arguments = ("--steps", 400, "--save_every", 25, "--eval_every", 50)
     assert run("train.py", *fish(*arguments, "--out", whole)).returncode == 0
