@@ -1,8 +1,9 @@
 """Train GPT-2 in NumPy: gradients into better parameters.
 
 Reading order: where a model starts (`init_params`), what a run consists of (`TrainConfig`,
-`TrainState`), what it reads (`DataLoader`), how it learns (`AdamW`, `learning_rate`, `train_step`),
-how well it does (`evaluate`), the loop (`train`), and the command line.
+`TrainState`), what it reads (`DataLoader`), how it learns (`learning_rate`, `train_step`, and the
+optimizers in gpt2_support/optimizers.py), how well it does (`evaluate`), the loop (`train`), and
+the command line.
 
     params = init_params(Config(n_vocab=1024, n_ctx=128, n_embd=64, n_head=4, n_layer=2))
     state = TrainState(params, TrainConfig(steps=1000))
@@ -30,12 +31,13 @@ import encoder
 import gpt2
 from gpt2_support import checkpoint, cli, corpus, datasets, hub, run_folder, train_cli
 from gpt2_support.checks import check_tokenizer, check_writable
-from gpt2_support.data_parallel import DataParallel, decay_blocks, fastest, serial
+from gpt2_support.data_parallel import DataParallel, fastest, serial
 from gpt2_support.distributed import ProcessGroup, init_process_group
 from gpt2_support.evaluation import Evaluation, Windows, sum_losses
 from gpt2_support.formats import llmc
 from gpt2_support.interrupts import deferred_interrupts, forgiving_output, never_fatal
 from gpt2_support.messages import write
+from gpt2_support.optimizers import OPTIMIZERS, AdamW, make_optimizer
 from gpt2_support.params import Config, Params
 from gpt2_support.run_folder import Diverged, RunFolder, saved_on_error
 from gpt2_support.runlog import RunLog
@@ -93,6 +95,9 @@ class TrainConfig:
     min_lr: float = 1e-4  # at the end of the decay
     warmup: int = 100  # steps
     decay_steps: int | None = None  # steps until min_lr; None is `steps`
+    optimizer: str = "adamw"
+    muon_lr: float = 0.02  # of the matrices of the blocks, at its highest
+    momentum: float = 0.95  # of Muon
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -125,7 +130,7 @@ class TrainState:
     is_consistent: bool = True  # False in the midst of an update
 
     def __post_init__(self) -> None:
-        self.optimizer = self.optimizer or AdamW(self.params)
+        self.optimizer = self.optimizer or make_optimizer(self.config.optimizer, self.params)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -190,76 +195,6 @@ class DataLoader:
 # Learning
 
 
-def adamw_update(
-    p: Flat,
-    g: Flat,
-    m: Flat,
-    v: Flat,
-    t: int,
-    lr: float,
-    c: TrainConfig,
-    decays: bool,
-    scale: float,
-) -> None:
-    """Step t (from 1) of AdamW on parameters p (N,) and their moments m and v, in place.
-
-        m <- beta1 m + (1 - beta1) g                 g being `scale` times the gradient given
-        v <- beta2 v + (1 - beta2) g^2
-        p <- p - lr weight_decay p - lr m' / (sqrt(v') + eps)
-
-    m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t) make up for the start from zero. Kingma and
-    Ba 2014, arXiv:1412.6980; the decay apart: Loshchilov and Hutter 2017, arXiv:1711.05101.
-    """
-    g = g * (scale * (1 - c.beta1))
-    m *= c.beta1
-    m += g
-    g *= g
-    g *= (1 - c.beta2) / (1 - c.beta1) ** 2
-    v *= c.beta2
-    v += g
-    root = math.sqrt(1 - c.beta2**t)  # m and v are corrected by way of lr and eps
-    update = np.sqrt(v, out=g)
-    update += c.eps * root
-    np.divide(m, update, out=update)
-    update *= lr * root / (1 - c.beta1**t)
-    if decays:
-        p *= 1 - lr * c.weight_decay
-    p -= update
-
-
-class AdamW:
-    """The moments m and v of all parameters, and their update; only matrices decay.
-
-    Given a `shard`, a slice of the packed buffer, an optimizer keeps and updates that part, and
-    other ranks the rest (ZeRO stage 1; Rajbhandari et al. 2019, arXiv:1910.02054).
-    """
-
-    def __init__(self, params: Params, shard: slice | None = None) -> None:
-        self.shard = shard or slice(0, params.flat.size)
-        self._blocks = decay_blocks(params.config, self.shard)
-        self.m, self.v = np.zeros((2, *params.flat[self.shard].shape), params.flat.dtype)
-        self.is_sharded = self.m.size < params.flat.size
-
-    def step(
-        self,
-        params: Params,
-        grads: Params,
-        lr: float,
-        t: int,
-        config: TrainConfig,
-        scale: float = 1.0,
-        parallel: Parallel = serial,
-    ) -> None:
-        """Update params by gradients times `scale`, in place; step t counts from 1."""
-        p, g = params.flat[self.shard], grads.flat[self.shard]
-
-        def update(i: int, n: int) -> None:
-            for at, decays in self._blocks[i::n]:
-                adamw_update(p[at], g[at], self.m[at], self.v[at], t, lr, config, decays, scale)
-
-        parallel(update)
-
-
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Return the rate of a step (from 0): a linear warm-up, then half a cosine down to min_lr.
 
@@ -308,7 +243,7 @@ def train_step(
     state.step, state.is_consistent = state.step + 1, False
     state.optimizer.step(params, grads, lr, state.step, config, clip, workers.parallel)
     if state.optimizer.is_sharded:
-        group.all_gather_into(params.flat)
+        group.all_gather_into(params.flat, state.optimizer.shard)
     state.is_consistent = True
     return loss, grad_norm, lr
 
@@ -357,16 +292,16 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: str | Path, group: ProcessGroup | None = None) -> TrainState:
-    """Return the state of a folder's run; given a group, with its shard of AdamW's moments only.
+    """Return the state of a folder's run; given a group, with its shard of the moments only.
 
     Raises ValueError for a damaged file.
     """
     with checkpoint.load_state(folder) as (meta, arrays):
         params = Params(Config(**meta["config"]), arrays["params"])
         config = checkpoint.make_settings(TrainConfig, meta["settings"])
-        if config.docs not in corpus.SEPARATORS:
-            raise ValueError(f"docs = {config.docs!r}")
-        optimizer = AdamW(params, group.shard(params.flat.size) if group else None)
+        if config.docs not in corpus.SEPARATORS or config.optimizer not in OPTIMIZERS:
+            raise ValueError(f"docs = {config.docs!r}, optimizer = {config.optimizer!r}")
+        optimizer = make_optimizer(config.optimizer, params, group)
         optimizer.m[...] = arrays["m"][optimizer.shard]
         optimizer.v[...] = arrays["v"][optimizer.shard]
     step, best_loss, data = meta["step"], meta["best_loss"], meta.get("data")
@@ -443,7 +378,7 @@ def sample_text(state: TrainState, enc: Encoder) -> str:
 
 def make_parser() -> cli.ArgumentParser:
     """Return the parser of the command line."""
-    return train_cli.make_parser(asdict(TrainConfig()), [*corpus.SEPARATORS])
+    return train_cli.make_parser(asdict(TrainConfig()), [*corpus.SEPARATORS], [*OPTIMIZERS])
 
 
 def parse_args(argv: Sequence[str] | None = None, group: ProcessGroup | None = None) -> Namespace:
@@ -514,8 +449,9 @@ def make_state(args: Namespace, enc: Encoder, data: dict[str, str]) -> TrainStat
         loaded = gpt2.load(args.init, args.models_dir)
         params = loaded.copy()
         check_tokenizer(args.init, params.config, enc.n_vocab)
-    optimizer = AdamW(params, args.group.shard(params.flat.size) if args.shard else None)
-    return TrainState(params, make_config(args, params.config), optimizer=optimizer, data=data)
+    config, group = make_config(args, params.config), args.group if args.shard else None
+    optimizer = make_optimizer(config.optimizer, params, group)
+    return TrainState(params, config, optimizer=optimizer, data=data)
 
 
 def train_command(args: Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ import numpy as np
 from gpt2_support import blas
 from gpt2_support.checks import IGNORE_INDEX
 from gpt2_support.distributed import ProcessGroup
-from gpt2_support.params import Config, Params, parameter_shapes
+from gpt2_support.params import Config, Params
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -147,34 +146,7 @@ def fastest(
     return best
 
 
-BLOCK = 1 << 18  # values: few enough for the cache, but so many that threads do not wait for
-# Python's lock, which each holds between two operations
 WORTH_THREADS = 1 << 15  # values of an activation of a batch
-
-
-def decay_blocks(config: Config, shard: slice) -> list[tuple[slice, bool]]:
-    """Cut a shard of the packed parameters into blocks for AdamW, which threads share.
-
-    Each is (its slice of the shard, whether its values decay: those of matrices do).
-    """
-    return [
-        (slice(at, min(at + BLOCK, end - shard.start, shard.stop - shard.start)), decays)
-        for start, end, decays in decay_spans(config)
-        for at in range(max(start - shard.start, 0), min(end, shard.stop) - shard.start, BLOCK)
-    ]
-
-
-def decay_spans(config: Config) -> list[tuple[int, int, bool]]:
-    """Return [(start, end, decays)], the stretches of the packed buffer that decay and do not."""
-    spans: list[tuple[int, int, bool]] = []
-    end = 0
-    for name, shape in parameter_shapes(config).items():
-        start, end = end, end + math.prod(shape)
-        decays = not name.endswith(("/b", "/g"))
-        if spans and spans[-1][2] == decays:
-            start = spans.pop()[0]
-        spans.append((start, end, decays))
-    return spans
 
 
 def blas_threads(config: Config, n_threads: int = 1) -> AbstractContextManager:

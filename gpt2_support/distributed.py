@@ -54,7 +54,7 @@ class ProcessGroup:
         """Return the values of all ranks, in the order of ranks."""
         return [value]
 
-    def all_gather_into(self, array: ndarray) -> None:
+    def all_gather_into(self, array: ndarray, shard: slice) -> None:
         """Fill an array (n,), of which each rank has computed its shard, with all shards."""
 
     def broadcast_shards(self, shard: ndarray) -> Iterator[ndarray]:
@@ -152,8 +152,8 @@ class MPIProcessGroup(ProcessGroup):
     def all_gather(self, value: Any) -> list:
         return self._call(self.comm.allgather, value)
 
-    def all_gather_into(self, array: ndarray) -> None:
-        sizes = self.all_gather(array[self.shard(array.size)].size)
+    def all_gather_into(self, array: ndarray, shard: slice) -> None:
+        sizes = self.all_gather(shard.stop - shard.start)
         self._call(self.comm.Allgatherv, self.mpi.IN_PLACE, [array, sizes])
 
     def broadcast_shards(self, shard: ndarray) -> Iterator[ndarray]:

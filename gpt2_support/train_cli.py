@@ -25,6 +25,7 @@ FINE_TUNING = {  # the defaults that differ where --init names a model
     "steps": 200,
     "batch_size": 4,
     "lr": 5e-5,
+    "muon_lr": 1e-3,
     "warmup": 20,
     "eval_every": 50,
     "eval_tokens": 10_000,
@@ -52,8 +53,10 @@ EVALUATION |= {"stride"}
 positive, natural, number = cli.positive_int, cli.natural, cli.number
 
 
-def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentParser:
-    """Return the parser; `settings` are the defaults of a run, `docs` the choices of --docs."""
+def make_parser(
+    settings: dict[str, Any], docs: Sequence[str], optimizers: Sequence[str]
+) -> cli.ArgumentParser:
+    """Return the parser; `settings` are the defaults of a run, the others choices of flags."""
     parser = cli.ArgumentParser(
         prog="train.py",
         description="Train GPT-2 on your own text, from scratch or from a model. Ctrl-C saves and "
@@ -127,11 +130,16 @@ def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentPa
         ("min_lr", number, "the learning rate at the end (default: a tenth of --lr)"),
         ("warmup", natural, "steps until the highest learning rate"),
         ("decay_steps", positive, "steps until --min_lr (default: --steps)"),
+        ("optimizer", [*optimizers], "muon changes the matrices of the blocks in all directions "
+         "alike, which takes fewer steps, and leaves the rest to AdamW"),
+        ("muon_lr", number, "Muon: the highest learning rate of those matrices; --lr is the "
+         "others', and both follow one schedule"),
+        ("momentum", cli.below_1, "Muon: decay of the sum of gradients"),
         ("beta1", cli.below_1, "AdamW: decay of the mean gradient"),
         ("beta2", cli.below_1, "AdamW: decay of the mean squared gradient"),
         ("eps", cli.positive_number, "AdamW: added to the root of the mean squared gradient, by "
          "which the mean is divided"),
-        ("weight_decay", number, "AdamW: decay of the matrices"),
+        ("weight_decay", number, "decay of the matrices, times their rate"),
         ("grad_clip", number, "the largest norm of the gradient"),
         ("threads", positive, "threads that share a batch; the last bits depend on their number "
          "(default: the fastest, measured)"),
@@ -143,7 +151,7 @@ def make_parser(settings: dict[str, Any], docs: Sequence[str]) -> cli.ArgumentPa
     group.add_argument(
         "--shard",
         action="store_true",
-        help="share AdamW's memory among the ranks: less memory, more communication",
+        help="share the optimizer's memory among the ranks: less memory, more communication",
     )
     add_group(
         "reports",
@@ -194,6 +202,7 @@ def ignored_flags(args: Namespace, given: set[str]) -> Iterator[tuple[str, str]]
         (args.resume, {"init", "tokenizer", "overwrite"}, "--resume goes on with what the run has"),
         (not args.resume, {"other_data"}, "it belongs to --resume"),
         (not args.resume and args.init != "scratch", MODEL, "the model of --init has its own"),
+        (args.optimizer != "muon", {"muon_lr", "momentum"}, "it belongs to --optimizer muon"),
         (args.tokenizer, {"n_vocab"}, "--tokenizer has its own vocabulary"),
     ]
     for flag, paths in (("n_vocab", [args.data]), ("docs", [args.data, args.val_data])):
@@ -228,6 +237,8 @@ def fit_to_model(args: Namespace, model: Config) -> dict[str, Any]:
         raise ValueError(f"--seq_len {seq_len} exceeds n_ctx = {n_ctx}")
     check_division(args)
     lr = 0.5 / model.n_embd if args.lr is None else args.lr  # 0.03 for 16 channels, 6.5e-4 for 768
+    if lr == 0 and args.optimizer == "muon":
+        raise ValueError("--lr 0: --optimizer muon needs a rate of more than 0 for its schedule")
     min_lr = lr / 10 if args.min_lr is None else args.min_lr
     paths = {"data": args.data, "val_data": args.val_data}
     return {
@@ -263,6 +274,9 @@ def check_same_run(args: Namespace, model: Config, data: dict[str, str]) -> None
         raise ValueError(
             f"{args.out}: the run has {args.state.params.config}; that cannot be changed"
         )
+    if args.optimizer != args.state.config.optimizer:
+        before = args.state.config.optimizer
+        raise ValueError(f"{args.out}: the run has --optimizer {before}; that cannot be changed")
     if not args.other_data:
         checkpoint.check_data(args.out, args.state.data, data)
 

@@ -14,7 +14,8 @@ from gpt2_support import checkpoint
 SETTINGS = [
     *("data", "val_data", "docs", "raw", "steps", "batch_size", "seq_len", "grad_accum", "order"),
     "lr",
-    *("min_lr", "warmup", "decay_steps", "beta1", "beta2", "eps", "weight_decay", "grad_clip"),
+    *("min_lr", "warmup", "decay_steps", "optimizer", "muon_lr", "momentum"),
+    *("beta1", "beta2", "eps", "weight_decay", "grad_clip"),
     *("seed", "ranks", "threads", "eval_every", "eval_tokens", "save_every", "sample_every"),
     "prompt",
 ]

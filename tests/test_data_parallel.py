@@ -7,7 +7,6 @@ import pytest
 from helpers import TINY, random_params
 
 import gpt2
-import train
 from gpt2_support import blas, data_parallel
 from gpt2_support.distributed import ProcessGroup
 from gpt2_support.params import Config, Params
@@ -79,31 +78,6 @@ def test_time_batch_is_the_median_after_the_first_call(monkeypatch):
     workers = data_parallel.DataParallel(gpt2.loss_and_grads, params)
     tokens = np.zeros((1, 4), int)
     assert workers.time_batch(params, (tokens, tokens)) == 2
-
-
-@pytest.mark.parametrize("n", [2, 3, 7, 1000])
-@pytest.mark.parametrize("block", [5, 32768])
-def test_adamw_in_shards_is_the_whole_bit_for_bit(monkeypatch, n, block):
-    monkeypatch.setattr(data_parallel, "BLOCK", block)
-    model = replace(TINY, n_vocab=10, n_embd=2, n_layer=1)
-    start = train.init_params(model)
-    whole, sharded = (Params(model, start.flat.copy()) for _ in range(2))
-    group, config = ProcessGroup(), train.TrainConfig()
-    group.size, optimizers = n, []
-    for group.rank in range(n):
-        optimizers.append(train.AdamW(sharded, group.shard(sharded.flat.size)))
-    one = train.AdamW(whole)
-    assert not one.is_sharded and all(optimizer.is_sharded for optimizer in optimizers)
-    rng = np.random.default_rng(1)
-    for t in (1, 2):
-        grads = Params(model, rng.standard_normal(start.flat.size, np.float32))
-        one.step(whole, grads, 0.01, t, config, 0.5)
-        for optimizer in optimizers:
-            optimizer.step(sharded, grads, 0.01, t, config, 0.5)
-    assert (whole.flat == sharded.flat).all() and (whole.flat != start.flat).any()
-    for name in ("m", "v"):
-        joined = np.concatenate([getattr(optimizer, name) for optimizer in optimizers])
-        assert (joined == getattr(one, name)).all()
 
 
 IGNORED = {  # rows of targets, and which of them do not count

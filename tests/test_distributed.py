@@ -167,6 +167,7 @@ import numpy as np
 import gpt2, helpers, test_distributed, train
 from gpt2_support.data_parallel import DataParallel
 from gpt2_support.distributed import MPIProcessGroup, init_process_group
+from gpt2_support.optimizers import make_optimizer
 from gpt2_support.params import Params
 
 def ignore_targets(batch):  # those divisible by 3, and whole rows: some ranks have none left
@@ -178,9 +179,9 @@ def losses_of(group, shard, bucket=1 << 24, dtype="float32", ignore=False, **kwa
     MPIProcessGroup.BUCKET = bucket
     start = train.init_params(helpers.TINY)
     params = Params(start.config, start.flat.astype(dtype))
-    part = group.shard(params.flat.size)
     config = test_distributed.make_config(ranks=group.size, **kwargs)
-    optimizer = train.AdamW(params, part if shard else None)
+    optimizer = make_optimizer(config.optimizer, params, group if shard else None)
+    part = optimizer.shard
     state = train.TrainState(params, config, optimizer=optimizer)
     if shard:
         assert optimizer.m.size == optimizer.v.size == part.stop - part.start
@@ -205,6 +206,8 @@ def all_losses(group):
         "accumulated": losses_of(group, False, 700, "float64", batch_size=24, grad_accum=2,
                                  threads=2, steps=5),
         "ignored": losses_of(group, False, 700, "float64", ignore=True, grad_accum=2, steps=5),
+        "muon": losses_of(group, False, dtype="float64", optimizer="muon", steps=5),
+        "sharded muon": losses_of(group, True, dtype="float64", optimizer="muon", steps=5),
     }
 
 if __name__ == "__main__":
@@ -237,17 +240,15 @@ def test_ranks_have_the_losses_of_one_process(mpi, alone, tmp_path, n):
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]  # only rank 0's
     actual = json.loads(line)
     assert actual["sharded"] == actual["unsharded"]  # bit for bit
+    assert actual["sharded muon"] == actual["muon"]
     pairs = zip(actual["one bucket"][:10], alone["one bucket"], strict=False)
     assert all(abs(a - b) < 1e-5 for a, b in pairs)
     for case in ("unsharded", "sharded"):
         ours, one = np.array(actual[case][:50]), np.array(alone[case][:50])
         assert one[-5:].mean() < one[:5].mean() - 0.5  # it learns
         np.testing.assert_allclose(ours, one, rtol=0, atol=1e-5)
-    for case in (
-        "exact",
-        "accumulated",
-        "ignored",
-    ):  # to rounding: losses, parameters, AdamW's state
+    # To rounding: losses, parameters, the optimizer's state.
+    for case in ("exact", "accumulated", "ignored", "muon"):
         np.testing.assert_allclose(actual[case], alone[case], rtol=1e-8)
 
 

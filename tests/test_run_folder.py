@@ -17,7 +17,7 @@ from helpers import ROOT, TEXT, TINY
 import encoder
 import gpt2
 import train
-from gpt2_support import checkpoint, interrupts, run_folder, runlog, weights
+from gpt2_support import checkpoint, interrupts, optimizers, run_folder, runlog, weights
 from gpt2_support.distributed import ProcessGroup
 
 
@@ -257,7 +257,7 @@ def test_error_within_a_step_is_saved_unless_parameters_are_half_updated(
 
     def failing_step(state, batches, workers):
         if state.step == 3 and where == "update":
-            monkeypatch.setattr(train, "adamw_update", failing(MemoryError("no room")))
+            monkeypatch.setattr(optimizers, "adamw_update", failing(MemoryError("no room")))
         elif state.step == 3:
             monkeypatch.setattr(workers, "loss_and_grads", failing(MemoryError("no room")))
         return step(state, batches, workers)

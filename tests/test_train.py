@@ -1,6 +1,5 @@
 """Tests of train.py: learning, the loop and its command line."""
 
-import json
 import math
 import os
 import re
@@ -22,7 +21,7 @@ import train
 from gpt2_support import data_parallel, datasets, runlog
 from gpt2_support.data_parallel import DataParallel
 from gpt2_support.formats import llmc
-from gpt2_support.params import Config, Params, n_params
+from gpt2_support.params import Config, Params
 
 
 def make_config(**kwargs):
@@ -196,71 +195,6 @@ def test_data_loader_refuse_data_shorter_than_a_batch():
 
 
 # --- learning -----------------------------------------------------------------------------------
-
-
-def naive_adamw(p, gradients, lr, decay, beta1=0.9, beta2=0.95, eps=1e-8):
-    """The formulas of Loshchilov and Hutter on one value."""
-    m = v = 0.0
-    for t, g in enumerate(gradients, 1):
-        m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * g * g
-        p -= lr * decay * p
-        p -= lr * (m / (1 - beta1**t)) / (math.sqrt(v / (1 - beta2**t)) + eps)
-    return p
-
-
-@pytest.mark.parametrize("block", [7, 32768])
-@pytest.mark.parametrize("n_threads", [1, 3])
-def test_adamw_equals_its_formulas_in_any_blocks(monkeypatch, block, n_threads):
-    monkeypatch.setattr(data_parallel, "BLOCK", block)
-    params = to_float64(train.init_params(TINY))
-    start = Params(TINY, params.flat.copy())
-    rng = np.random.default_rng(3)
-    gradients = [rng.standard_normal(params.flat.size) for _ in range(3)]
-    optimizer = train.AdamW(params)
-    parallel, config = make_workers(params, n_threads).parallel, make_config(weight_decay=0.3)
-    for step, gradient in enumerate(gradients, 1):
-        grads = Params(TINY, gradient * 4)
-        optimizer.step(params, grads, 0.01, step, config, 0.25, parallel)
-    for name in params.named:
-        decay = 0.0 if name.endswith(("/b", "/g")) else 0.3
-        trees = (Params(TINY, gradient).named[name] for gradient in gradients)
-        history = [float(array.flat[5]) for array in trees]
-        expected = naive_adamw(float(start.named[name].flat[5]), history, 0.01, decay)
-        assert params.named[name].flat[5] == pytest.approx(expected, rel=1e-12), name
-
-
-def test_adamw_keeps_float32_and_padding():
-    params = train.init_params(TINY)
-    grads = Params(TINY)
-    for array in grads.named.values():
-        array[...] = 1
-    train.AdamW(params).step(params, grads, np.float64(0.1), 1, make_config(), np.float64(1))
-    assert params.flat.dtype == np.float32
-    assert (params.flat[260 * 8 : 384 * 8] == 0).all()
-
-
-def test_adamw_ten_steps_equal_pytorch(shared):
-    golden = np.load(shared("golden/adamw.npz"))
-    model = Config(**json.loads(str(golden["config"])))
-
-    def fill(prefix):
-        params = Params(model, np.zeros(n_params(model)))
-        for name, array in params.named.items():
-            value = golden[f"{prefix}:{name}"]
-            array[...] = value.T if name.endswith("/w") else value
-        return params
-
-    names = ("lr", "beta1", "beta2", "eps", "weight_decay", "grad_clip")
-    given = {name: float(golden[name]) for name in names}
-    config = train.TrainConfig(**given, min_lr=given["lr"], warmup=0, steps=10)
-    state, end = train.TrainState(fill("start"), config), fill("end")
-    workers, batch = make_workers(state.params), (golden["tokens"], golden["targets"])
-    for expected in zip(golden["losses"], golden["grad_norms"], strict=True):
-        loss, grad_norm, _ = train.train_step(state, [batch], workers)
-        assert (loss, grad_norm) == pytest.approx(expected, rel=1e-9)
-    for name, array in state.params.named.items():
-        np.testing.assert_allclose(array, end.named[name], rtol=0, atol=1e-9, err_msg=name)
 
 
 def test_learning_rate_warms_up_and_decays_to_its_floor():

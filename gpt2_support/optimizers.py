@@ -1,0 +1,286 @@
+"""The optimizers: how a gradient changes the parameters. AdamW, and Muon for the matrices.
+
+Each has its formula in a pure function, `adamw_update` and `muon_update`, and a class that keeps
+what it remembers from step to step (m, v) and shares the parts of the packed buffer among threads
+and ranks. `c` are the settings, a train.TrainConfig.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gpt2_support import blas
+from gpt2_support.data_parallel import serial
+from gpt2_support.params import Config, Params, parameter_shapes
+
+if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    from jaxtyping import Float
+    from numpy import ndarray
+
+    from gpt2_support.distributed import ProcessGroup
+
+    Flat = Float[ndarray, " N"]  # a packed buffer, or a part of one
+    Matrix = Float[ndarray, "O I"]
+    Span = tuple[int, int, bool]  # start, stop, whether the values decay
+    BlockMatrix = tuple[int, int, tuple[int, int]]  # start, stop, shape
+    Parallel = Callable[[Callable[[int, int], object]], list]  # see data_parallel.serial
+
+# ----------------------------------------------------------------------------------------------
+# The formulas
+
+
+def adamw_update(
+    p: Flat, g: Flat, m: Flat, v: Flat, t: int, lr: float, c: Any, decays: bool, scale: float
+) -> None:
+    """Step t (from 1) of AdamW on parameters p (N,) and their moments m and v, in place.
+
+        m <- beta1 m + (1 - beta1) g                 g being `scale` times the gradient given
+        v <- beta2 v + (1 - beta2) g^2
+        p <- p - lr weight_decay p - lr m' / (sqrt(v') + eps)
+
+    m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t) make up for the start from zero. Kingma and
+    Ba 2014, arXiv:1412.6980; the decay apart: Loshchilov and Hutter 2017, arXiv:1711.05101.
+    """
+    g = g * (scale * (1 - c.beta1))
+    m *= c.beta1
+    m += g
+    g *= g
+    g *= (1 - c.beta2) / (1 - c.beta1) ** 2
+    v *= c.beta2
+    v += g
+    root = math.sqrt(1 - c.beta2**t)  # m and v are corrected by way of lr and eps
+    update = np.sqrt(v, out=g)
+    update += c.eps * root
+    np.divide(m, update, out=update)
+    update *= lr * root / (1 - c.beta1**t)
+    if decays:
+        p *= 1 - lr * c.weight_decay
+    p -= update
+
+
+def muon_update(p: Matrix, g: Matrix, m: Matrix, lr: float, c: Any, scale: float) -> None:
+    """A step of Muon on a matrix p (O, I) and its momentum m, in place.
+
+        m <- momentum m + g                          g being `scale` times the gradient given
+        p <- p - lr weight_decay p - lr sqrt(max(1, O / I)) orthogonalize(g + momentum m)
+
+    g + momentum m looks a step ahead (Nesterov). AdamW scales each value by itself; Muon changes a
+    matrix in all directions alike, also in those that gradients seldom have. Jordan et al. 2024,
+    "Muon: An optimizer for hidden layers in neural networks", kellerjordan.github.io/posts/muon;
+    the decay: Liu et al. 2025, "Muon is scalable for LLM training", arXiv:2502.16982.
+    """
+    g = g * scale
+    m *= c.momentum
+    m += g
+    g += c.momentum * m
+    update = orthogonalize(g)
+    update *= lr * math.sqrt(max(1, len(p) / p.shape[1]))
+    p *= 1 - lr * c.weight_decay
+    p -= update
+
+
+def orthogonalize(x: Matrix) -> Matrix:
+    """Return about u w^T of x = u s w^T, its singular value decomposition: s becomes 0.7 to 1.2.
+
+    Five steps of Newton and Schulz from x / |x|, whose singular values are at most 1:
+
+        x <- (a + b x x^T + c (x x^T)^2) x           a = 3.4445, b = -4.775, c = 2.0315
+
+    Each takes all singular values through one polynomial. Jordan's a, b, c bring small ones up
+    fast, and none to 1 exactly. A matrix of zeros stays as it is.
+    """
+    is_tall = len(x) > x.shape[1]
+    x = (x.T if is_tall else x) / (math.sqrt(np.vdot(x, x)) or 1)
+    is_wide = 2 * len(x) < x.shape[1]
+    for n_steps in (3, 2) if is_wide else (1, 1, 1, 1, 1):
+        x = newton_schulz(x @ x.T, n_steps) @ x
+    return x.T if is_tall else x
+
+
+def newton_schulz(gram: Matrix, n_steps: int) -> Matrix:
+    """Return what the x of gram = x x^T is multiplied by in n_steps steps: q_n ... q_2 q_1.
+
+    q = a + b gram + c gram^2 takes x to q x, and so gram to q gram q. All of them are symmetric and
+    commute. So a wide x is read twice, not five times. In more than 3 steps rounding errors grow.
+    """
+    q = total = quadratic(gram)
+    for _ in range(n_steps - 1):
+        gram = q @ q.T @ gram
+        q = quadratic(gram)
+        total = q @ total
+    return total
+
+
+def quadratic(x: Matrix) -> Matrix:
+    """a + b x + c x^2 of a symmetric matrix. BLAS takes half the time for a product x x^T."""
+    out = x @ x.T
+    out *= 2.0315
+    out -= 4.775 * x
+    out.flat[:: len(x) + 1] += 3.4445
+    return out
+
+
+# ----------------------------------------------------------------------------------------------
+# The optimizers
+
+
+class AdamW:
+    """AdamW for all parameters, with their moments m and v; only matrices decay.
+
+    Given a `shard`, a slice of the packed buffer, an optimizer keeps and updates that part, and
+    other ranks the rest (ZeRO stage 1; Rajbhandari et al. 2019, arXiv:1910.02054).
+    """
+
+    def __init__(self, params: Params, shard: slice | None = None) -> None:
+        self.shard = shard or slice(0, params.flat.size)
+        self.is_sharded = self.shard.stop - self.shard.start < params.flat.size
+        self._cut(params.config)
+        self.m, self.v = np.zeros((2, *params.flat[self.shard].shape), params.flat.dtype)
+
+    def _cut(self, config: Config) -> None:
+        """Cut the shard into parts, which are updated one by one."""
+        self._blocks = blocks(spans(config), self.shard)
+
+    def step(
+        self,
+        params: Params,
+        grads: Params,
+        lr: float,
+        t: int,
+        config: Any,
+        scale: float = 1.0,
+        parallel: Parallel = serial,
+    ) -> None:
+        """Update params by gradients times `scale`, in place; step t counts from 1."""
+        p, g = params.flat[self.shard], grads.flat[self.shard]
+
+        def update(i: int, n: int) -> None:
+            for at, decays in self._blocks[i::n]:
+                adamw_update(p[at], g[at], self.m[at], self.v[at], t, lr, config, decays, scale)
+
+        parallel(update)
+
+
+class Muon(AdamW):
+    """Muon for the matrices of the blocks, AdamW for embeddings, gains and biases.
+
+    The rate of the matrices is muon_lr, and follows the same schedule as lr, that of the others.
+    Their momentum is in m, and their v stays zero. A shard is moved so that it cuts no matrix.
+    """
+
+    def _cut(self, config: Config) -> None:
+        matrices = block_matrices(config)
+        self.shard = shard = whole_matrices(self.shard, matrices)
+        self._blocks = blocks(spans(config, with_block_matrices=False), shard)
+        self._matrices = [
+            (slice(start - shard.start, stop - shard.start), shape)
+            for start, stop, shape in sorted(matrices, key=size, reverse=True)
+            if shard.start <= start < shard.stop
+        ]  # the largest first, so that threads get about equal shares
+
+    def step(
+        self,
+        params: Params,
+        grads: Params,
+        lr: float,
+        t: int,
+        config: Any,
+        scale: float = 1.0,
+        parallel: Parallel = serial,
+    ) -> None:
+        """Update params by gradients times `scale`, in place; step t counts from 1."""
+        super().step(params, grads, lr, t, config, scale, parallel)
+        flats = params.flat[self.shard], grads.flat[self.shard], self.m
+        muon_lr = lr / config.lr * config.muon_lr
+
+        def update(i: int, n: int) -> None:
+            for at, shape in self._matrices[i::n]:
+                p, g, m = (flat[at].reshape(shape) for flat in flats)
+                muon_update(p, g, m, muon_lr, config, scale)
+
+        with blas.one_thread():  # each thread of ours has one, so their number changes no bit
+            parallel(update)
+
+
+OPTIMIZERS: dict[str, type[AdamW]] = {"adamw": AdamW, "muon": Muon}
+
+
+def make_optimizer(name: str, params: Params, group: ProcessGroup | None = None) -> AdamW:
+    """Return a new optimizer, one of OPTIMIZERS; given a group, with this rank's shard only."""
+    return OPTIMIZERS[name](params, group.shard(params.flat.size) if group else None)
+
+
+# ----------------------------------------------------------------------------------------------
+# The parts of the packed buffer
+
+BLOCK = 1 << 18  # values: few enough for the cache, but so many that threads do not wait for
+# Python's lock, which each holds between two operations
+
+
+def blocks(spans: list[Span], shard: slice) -> list[tuple[slice, bool]]:
+    """Cut what a shard has of some spans into blocks for AdamW, which threads share.
+
+    Each is (its slice of the shard, whether its values decay).
+    """
+    return [
+        (slice(at, min(at + BLOCK, stop - shard.start, shard.stop - shard.start)), decays)
+        for start, stop, decays in spans
+        for at in range(max(start - shard.start, 0), min(stop, shard.stop) - shard.start, BLOCK)
+    ]
+
+
+def spans(config: Config, with_block_matrices: bool = True) -> list[Span]:
+    """Return [(start, stop, decays)], the stretches of the packed buffer that decay and do not."""
+    spans: list[Span] = []
+    for name, start, shape in stacks(config):
+        stop, decays = start + math.prod(shape), not name.endswith(("/b", "/g"))
+        if is_block_matrix(name) and not with_block_matrices:
+            continue
+        if spans and spans[-1][1:] == (start, decays):
+            start = spans.pop()[0]
+        spans.append((start, stop, decays))
+    return spans
+
+
+def block_matrices(config: Config) -> list[BlockMatrix]:
+    """Return [(start, stop, shape)], the weights of the blocks; q, k and v of c_attn are apart."""
+    matrices = []
+    for name, start, shape in stacks(config):
+        if is_block_matrix(name):
+            n_in = shape[-1]
+            n_out = n_in if "c_attn" in name else shape[-2]
+            for at in range(start, start + math.prod(shape), n_out * n_in):
+                matrices.append((at, at + n_out * n_in, (n_out, n_in)))
+    return matrices
+
+
+def stacks(config: Config) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """Yield (name, start, shape) of each parameter of all layers in the packed buffer."""
+    start = 0
+    for name, shape in parameter_shapes(config).items():
+        yield name, start, shape
+        start += math.prod(shape)
+
+
+def is_block_matrix(name: str) -> bool:
+    return name.startswith("h/") and name.endswith("/w")
+
+
+def size(matrix: BlockMatrix) -> int:
+    start, stop, _ = matrix
+    return stop - start
+
+
+def whole_matrices(shard: slice, matrices: list[BlockMatrix]) -> slice:
+    """Move the ends of a shard that lie within a matrix to its start, as all ranks do."""
+
+    def move(at: int) -> int:
+        return next((start for start, stop, _ in matrices if start < at < stop), at)
+
+    return slice(move(shard.start), move(shard.stop))
