@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
     from numpy.typing import ArrayLike, DTypeLike
 
     from encoder import Encoder
+    from gpt2_support.masks import Dropout
     from gpt2_support.params import MLP, Attention, Block, Config, LayerNorm, Linear, Params
 
     Prompt: TypeAlias = Sequence[int] | Integer[ndarray, " T"]
@@ -64,28 +65,46 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
 # The layers
 
 # What a backward needs of its forward.
-EmbedCache = namedtuple("EmbedCache", "tokens positions")
+EmbedCache = namedtuple("EmbedCache", "tokens positions mask")
 LayerNormCache = namedtuple("LayerNormCache", "xhat rstd")
 GeluCache = namedtuple("GeluCache", "x tanh")
-AttentionCache = namedtuple("AttentionCache", "x q k v att heads")
-MLPCache = namedtuple("MLPCache", "x fc gelu")
+AttentionCache = namedtuple("AttentionCache", "x q k v att heads mask")
+MLPCache = namedtuple("MLPCache", "x fc gelu mask")
 BlockCache = namedtuple("BlockCache", "ln_1 attn ln_2 mlp")
 CrossEntropyCache = namedtuple("CrossEntropyCache", "exp total targets")
 
 
-def embed(tokens: Tokens, positions: Positions, p: Params) -> tuple[Stream, EmbedCache]:
+def embed(
+    tokens: Tokens, positions: Positions, p: Params, drop: Dropout | None = None
+) -> tuple[Stream, EmbedCache]:
     """Add the embeddings of tokens (B, T) and of positions (B or 1, T): -> (B, T, C).
 
     Both are learned, as in Radford et al. 2018, "Improving Language Understanding by Generative
     Pre-Training".
     """
-    return p.wte[tokens] + p.wpe[positions], EmbedCache(tokens, positions)
+    x, mask = dropout(p.wte[tokens] + p.wpe[positions], drop)
+    return x, EmbedCache(tokens, positions, mask)
 
 
 def embed_backward(dout: Stream, cache: EmbedCache, d: Params) -> None:
     """dwte[tokens] += dout;  dwpe[positions] += dout, for positions (1, T)."""
+    dout = dropout_backward(dout, cache.mask)
     d.wpe[cache.positions[0]] += dout.sum(0)
     np.add.at(d.wte, cache.tokens, dout)  # `d.wte[tokens] += dout` adds a repeated token once
+
+
+def dropout(x: ndarray, drop: Dropout | None) -> tuple[ndarray, ndarray | None]:
+    """Set values to 0 at random and scale the others up, so that the mean stays: x mask.
+
+    Srivastava et al. 2014, jmlr.org/papers/v15/srivastava14a. Without `drop`, x as it is.
+    """
+    mask = None if drop is None else drop.mask(*x.shape, dtype=x.dtype)
+    return (x if mask is None else x * mask), mask
+
+
+def dropout_backward(dout: ndarray, mask: ndarray | None) -> ndarray:
+    """dx = dout mask."""
+    return dout if mask is None else dout * mask
 
 
 def layer_norm(x: AnyRows, p: LayerNorm, eps: float = 1e-5) -> tuple[AnyRows, LayerNormCache]:
@@ -170,16 +189,16 @@ def softmax_backward(dout: AnyRows, out: AnyRows) -> AnyRows:
 
 
 def scaled_dot_product_attention(
-    q: Heads, k: Keys, v: Keys, positions: Positions
+    q: Heads, k: Keys, v: Keys, positions: Positions, mask: Scores | None = None
 ) -> tuple[Heads, Scores]:
     """softmax(q k^T / sqrt(D)) v, where query t sees only the keys s <= positions[b, t].
 
-    Vaswani et al. 2017, arXiv:1706.03762, 3.2.1.
+    `mask` is that of dropout. Vaswani et al. 2017, arXiv:1706.03762, 3.2.1.
     """
     att = q @ k.swapaxes(-1, -2)  # (B, H, T, S)
     att *= 1 / math.sqrt(q.shape[-1])
     att = softmax(mask_future(att, positions))
-    return att @ v, att
+    return (att if mask is None else att * mask) @ v, att
 
 
 def mask_future(att: Scores, positions: Positions) -> Scores:
@@ -192,22 +211,27 @@ def mask_future(att: Scores, positions: Positions) -> Scores:
 
 
 def scaled_dot_product_attention_backward(
-    dout: Heads, cache: tuple[Heads, Keys, Keys, Scores]
+    dout: Heads, cache: tuple[Heads, Keys, Keys, Scores], mask: Scores | None = None
 ) -> tuple[Heads, Keys, Keys]:
     """dv = att^T dout;  datt = dout v^T;  dq, dk = dscores k, dscores^T q, over sqrt(D).
 
-    A masked score has att = 0, and so no gradient.
+    A score in the future has att = 0, and so no gradient.
     """
     q, k, v, att = cache
-    dv = att.swapaxes(-1, -2) @ dout
-    datt = dout @ v.swapaxes(-1, -2)
+    dv = (att if mask is None else att * mask).swapaxes(-1, -2) @ dout
+    datt = dropout_backward(dout @ v.swapaxes(-1, -2), mask)
     datt = softmax_backward(datt, att)
     datt *= 1 / math.sqrt(q.shape[-1])
     return datt @ k, datt.swapaxes(-1, -2) @ q, dv
 
 
 def attention(
-    x: Stream, p: Attention, n_head: int, positions: Positions, past: Past | None = None
+    x: Stream,
+    p: Attention,
+    n_head: int,
+    positions: Positions,
+    past: Past | None = None,
+    drop: Dropout | None = None,
 ) -> tuple[Stream, AttentionCache]:
     """Multi-head causal self-attention: (B, T, C) -> (B, T, C).
 
@@ -218,16 +242,19 @@ def attention(
     q, k, v = split_heads(qkv, 3, n_head)  # (B, H, T, D) each
     if past is not None:
         k, v = past.update(k, v, positions)  # (B, H, S, D)
-    out, att = tiles.apply(scaled_dot_product_attention, q, k, v, positions)
-    out, heads = linear(merge_heads(out), p.c_proj)  # (B, T, C)
-    return out, AttentionCache(x, q, k, v, att, heads)
+    mask = None if drop is None else drop.mask(*q.shape[:3], k.shape[2], dtype=x.dtype)
+    out, att = tiles.apply(scaled_dot_product_attention, q, k, v, positions, mask)
+    out, heads = linear(merge_heads(out), p.c_proj)
+    out, mask = dropout(out, drop)  # (B, T, C)
+    return out, AttentionCache(x, q, k, v, att, heads, mask)
 
 
 def attention_backward(
     dout: Stream, cache: AttentionCache, p: Attention, d: Attention, n_head: int
 ) -> Stream:
     """The steps of `attention` in reverse."""
-    x, q, k, v, att, heads = cache
+    x, q, k, v, att, heads, mask = cache
+    dout = dropout_backward(dout, mask)
     dheads = linear_backward(dout, heads, p.c_proj, d.c_proj)
     (dout,) = split_heads(dheads, 1, n_head)
     dq, dk, dv = tiles.apply_backward(scaled_dot_product_attention_backward, dout, q, k, v, att)
@@ -249,27 +276,34 @@ def merge_heads(x: Heads) -> Float[ndarray, "B T H*D"]:
     return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
 
 
-def mlp(x: Stream, p: MLP) -> tuple[Stream, MLPCache]:
+def mlp(x: Stream, p: MLP, drop: Dropout | None = None) -> tuple[Stream, MLPCache]:
     """Two linear layers with GELU between them, 4C wide inside: (B, T, C) -> (B, T, C).
 
     Vaswani et al. 2017, 3.3, with GELU for ReLU.
     """
     h, x = linear(x, p.c_fc)  # (B, T, 4C)
     h, fc = gelu(h)
-    out, h = linear(h, p.c_proj)  # (B, T, C)
-    return out, MLPCache(x, fc, h)
+    out, h = linear(h, p.c_proj)
+    out, mask = dropout(out, drop)  # (B, T, C)
+    return out, MLPCache(x, fc, h, mask)
 
 
 def mlp_backward(dout: Stream, cache: MLPCache, p: MLP, d: MLP) -> Stream:
     """The steps of `mlp` in reverse."""
-    x, fc, h = cache
+    x, fc, h, mask = cache
+    dout = dropout_backward(dout, mask)
     dh = linear_backward(dout, h, p.c_proj, d.c_proj)
     dh = gelu_backward(dh, fc)
     return linear_backward(dh, x, p.c_fc, d.c_fc)
 
 
 def block(
-    x: Stream, p: Block, n_head: int, positions: Positions, past: Past | None = None
+    x: Stream,
+    p: Block,
+    n_head: int,
+    positions: Positions,
+    past: Past | None = None,
+    drop: Dropout | None = None,
 ) -> tuple[Stream, BlockCache]:
     """Add attention, then the MLP, to the residual stream: (B, T, C) -> (B, T, C).
 
@@ -277,10 +311,10 @@ def block(
     input of each branch instead of its output (pre-norm; Radford et al. 2019, 2.3).
     """
     h, ln_1 = layer_norm(x, p.ln_1)
-    h, attn = attention(h, p.attn, n_head, positions, past)
+    h, attn = attention(h, p.attn, n_head, positions, past, drop)
     x = x + h
     h, ln_2 = layer_norm(x, p.ln_2)
-    h, mlp_ = mlp(h, p.mlp)
+    h, mlp_ = mlp(h, p.mlp, drop)
     x = x + h
     return x, BlockCache(ln_1, attn, ln_2, mlp_)
 
@@ -329,7 +363,11 @@ def ignore(name: str, x: Stream, cache: Any) -> Stream:
 
 
 def transformer(
-    params: Params, tokens: Tokens, kv: KVCache | None = None, hook: Hook = ignore
+    params: Params,
+    tokens: Tokens,
+    kv: KVCache | None = None,
+    hook: Hook = ignore,
+    drop: Dropout | None = None,
 ) -> Stream:
     """Run everything but the head: tokens (B, T) -> the output of ln_f, (B, T, C).
 
@@ -339,10 +377,10 @@ def transformer(
     blas.tune_malloc()
     start = np.zeros(1, int) if kv is None else kv.length
     positions = start[:, None] + np.arange(tokens.shape[1])  # (B or 1, T)
-    x = hook("embed", *embed(tokens, positions, params))
+    x = hook("embed", *embed(tokens, positions, params, drop))
     for i, p in enumerate(params.h):
         past = None if kv is None else Past(*kv.buffer[i])
-        x = hook(f"h{i}", *block(x, p, params.config.n_head, positions, past))
+        x = hook(f"h{i}", *block(x, p, params.config.n_head, positions, past, drop))
     if kv is not None:
         kv.length += tokens.shape[1]
     return hook("ln_f", *layer_norm(x, params.ln_f))
@@ -466,12 +504,14 @@ def loss_and_grads(
     targets: ArrayLike,
     grads: Params | None = None,
     n_counted: float | None = None,
+    drop: Dropout | None = None,
 ) -> tuple[float, Params]:
     """Return the mean cross-entropy in nats a token, and its gradient, a Params like `params`.
 
     tokens and targets are (T,) or (B, T); targets of -1 do not count. With `grads`, the gradient
     is added to it, so that several batches accumulate. With `n_counted`, the sum of the losses is
     divided by that, not by the number of targets that count here: so the parts of a batch add up.
+    With `drop`, values are dropped where GPT-2 does: embeddings, attention weights, branches.
     Raises ValueError as `forward` does, or for targets of another shape, outside the vocabulary,
     or, without n_counted, all -1.
     """
@@ -483,7 +523,7 @@ def loss_and_grads(
         caches[name] = cache
         return x
 
-    x = transformer(params, tokens, hook=keep)
+    x = transformer(params, tokens, hook=keep, drop=drop)
     losses, dx = lm_head_loss(as_rows(x), params.wte, targets, grads.wte, n_counted)
     transformer_backward(dx.reshape(x.shape), caches, params, grads)  # type: ignore
     return float(losses.sum(dtype=np.float64) / n_counted), grads

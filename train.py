@@ -102,6 +102,7 @@ class TrainConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    dropout: float = 0.0  # probability, of embeddings, attention weights and branches
     grad_clip: float = 1.0  # the largest norm of the gradient
     seed: int = 0
     ranks: int = 1  # processes that share a batch; must divide batch_size
@@ -230,7 +231,7 @@ def train_step(
     """
     config, params, group = state.config, state.params, workers.group
     check_writable(params)
-    loss, grads = workers.loss_and_grads(params, batches)
+    loss, grads = workers.loss_and_grads(params, batches, config.seed, state.step)
     norm_of_shard = l2_norm(grads.flat[group.shard(grads.flat.size)], workers.parallel)
     grad_norm = math.hypot(*group.all_gather(norm_of_shard))
     if not math.isfinite(loss + grad_norm):
@@ -470,7 +471,9 @@ def train_command(args: Namespace) -> None:
     ids = np.array([*data.values()])
     group.check_same(data=ids, parameters=params.flat, step=np.array(state.step))
     counts = train_cli.choose_threads(args, config, params.config.n_embd)
-    workers, seconds = fastest(gpt2.loss_and_grads, params, loader.batch(0), counts, group)
+    workers, seconds = fastest(
+        gpt2.loss_and_grads, params, loader.batch(0), counts, group, config.dropout
+    )
     config.threads = workers.n_threads
     train_cli.describe(state, len(tokens), seconds * config.grad_accum, gpt2.LM_HEAD_ROWS)
     train(state, loader, val_tokens[: config.eval_tokens], enc, out, workers)

@@ -13,6 +13,7 @@ import numpy as np
 from gpt2_support import blas
 from gpt2_support.checks import IGNORE_INDEX
 from gpt2_support.distributed import ProcessGroup
+from gpt2_support.masks import Dropout
 from gpt2_support.params import Config, Params
 
 if TYPE_CHECKING:
@@ -45,19 +46,22 @@ class DataParallel:
         params: Params,
         n_threads: int = 1,
         group: ProcessGroup | None = None,
+        dropout: float = 0.0,
     ) -> None:
-        self._loss_and_grads = loss_and_grads
+        self._loss_and_grads, self.dropout = loss_and_grads, dropout
         self.n_threads, self.group = n_threads, group or ProcessGroup()
         self.grads = [params.zeros_like() for _ in range(n_threads)]
         is_large = params.flat.size > 1 << 20  # so that waking a thread costs less than it does
         self.n_elementwise = max(n_threads, blas.get_threads()) if is_large else n_threads
         self.pool = ThreadPoolExecutor(self.n_elementwise)
 
-    def loss_and_grads(self, params: Params, batches: Iterable[Batch]) -> tuple[float, Params]:
+    def loss_and_grads(
+        self, params: Params, batches: Iterable[Batch], *seed: int
+    ) -> tuple[float, Params]:
         """Return the loss and the gradient, means over the targets that count, of all ranks.
 
-        `batches` are this rank's. The gradient is overwritten by the next call. Raises ValueError
-        if every target of every batch is -1.
+        `batches` are this rank's. The gradient is overwritten by the next call. What is dropped
+        depends on `seed`, rank, thread and batch. Raises ValueError if every target is -1.
         """
         batches = list(batches)
         n_parts = len(batches) * self.n_threads
@@ -67,17 +71,23 @@ class DataParallel:
         def add_gradients(i: int, n: int) -> list[float]:  # of the rows i, i + n, ... of each batch
             grads = self.grads[i]
             grads.flat[...] = 0
+            losses = []
             with np.errstate(all="ignore"):  # train_step tells when the result is not finite
-                return [
-                    self._loss_and_grads(params, tokens[i::n], targets[i::n], grads, n_counted)[0]
-                    for tokens, targets in batches
-                    if i < len(tokens)
-                ]
+                for number, (tokens, targets) in enumerate(batches):
+                    if i < len(tokens):
+                        drop = self._drop(*seed, self.group.rank, i, number)
+                        rows = tokens[i::n], targets[i::n]
+                        loss, _ = self._loss_and_grads(params, *rows, grads, n_counted, drop)
+                        losses.append(loss)
+            return losses
 
         with blas_threads(params.config, self.n_threads):
             losses = np.concatenate(self._in_threads(add_gradients, self.n_threads))
         self._sum_grads(1 / n_all_parts)
         return float(np.mean(self.group.all_gather(losses.sum() / n_parts))), self.grads[0]
+
+    def _drop(self, *seed: int) -> Dropout | None:
+        return Dropout(self.dropout, seed) if self.dropout else None
 
     def _count_targets(self, batches: list[Batch]) -> int:
         """Return how many targets count, on all ranks."""
@@ -129,6 +139,7 @@ def fastest(
     batch: Batch,
     thread_counts: Iterable[int],
     group: ProcessGroup | None = None,
+    dropout: float = 0.0,
 ) -> tuple[DataParallel, float]:
     """Return the threads that are fastest on a batch, and the seconds that they take.
 
@@ -137,7 +148,7 @@ def fastest(
     """
     best: tuple[DataParallel, float] | None = None
     for n_threads in thread_counts:
-        workers = DataParallel(loss_and_grads, params, n_threads, group)
+        workers = DataParallel(loss_and_grads, params, n_threads, group, dropout)
         seconds = workers.time_batch(params, batch)
         if best and seconds > best[1]:
             break

@@ -25,11 +25,15 @@ QUERIES = 128  # queries of a tile
 
 
 class Tile(NamedTuple):
-    """The attention weights of some heads and a block of queries: att (B, heads, queries, keys)."""
+    """The attention weights of some heads and a block of queries: att (B, heads, queries, keys).
+
+    With dropout also their part of its mask.
+    """
 
     heads: slice
     queries: slice
     att: Float[ndarray, "B h t s"]
+    mask: Float[ndarray, "B h t s"] | None
 
 
 def apply(
@@ -38,8 +42,9 @@ def apply(
     k: Keys,
     v: Keys,
     positions: Integer[ndarray, "#B T"],
+    mask: Float[ndarray, "B H T S"] | None = None,
 ) -> tuple[Queries, list[Tile]]:
-    """Return out (B, H, T, D) of attention(q, k, v, positions) -> out, att, and its tiles."""
+    """Return out (B, H, T, D) of attention(q, k, v, positions, mask) -> out, att, and its tiles."""
     B, H, T, D = q.shape
     out = np.empty((B, T, H, D), q.dtype).swapaxes(1, 2)  # in this order merging heads is free
     tiles = []
@@ -48,10 +53,10 @@ def apply(
         for start in range(0, T, QUERIES):
             queries = slice(start, start + QUERIES)
             S = positions[:, queries].max() + 1
-            out[:, heads, queries], att = attention(
-                q[:, heads, queries], k[:, heads, :S], v[:, heads, :S], positions[:, queries]
-            )
-            tiles.append(Tile(heads, queries, att))
+            part = None if mask is None else mask[:, heads, queries, :S]
+            q_, k_, v_ = q[:, heads, queries], k[:, heads, :S], v[:, heads, :S]
+            out[:, heads, queries], att = attention(q_, k_, v_, positions[:, queries], part)
+            tiles.append(Tile(heads, queries, att, part))
 
     blas.parallel_for(apply_to_heads, H, work=q.size * k.shape[2])
     return out, tiles
@@ -65,15 +70,16 @@ def apply_backward(
     v: Keys,
     tiles: list[Tile],
 ) -> tuple[Queries, Keys, Keys]:
-    """Return dq, dk, dv of attention_backward(dout, (q, k, v, att)) -> dq, dk, dv."""
+    """Return dq, dk, dv of attention_backward(dout, (q, k, v, att), mask) -> dq, dk, dv."""
     dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
     starts = sorted({tile.heads.start for tile in tiles})
 
     def apply_to_group(part: slice) -> None:
-        for heads, queries, att in (tile for tile in tiles if tile.heads.start in starts[part]):
+        group = [tile for tile in tiles if tile.heads.start in starts[part]]
+        for heads, queries, att, mask in group:
             S = att.shape[-1]
             cache = q[:, heads, queries], k[:, heads, :S], v[:, heads, :S], att
-            dq_, dk_, dv_ = attention_backward(dout[:, heads, queries], cache)
+            dq_, dk_, dv_ = attention_backward(dout[:, heads, queries], cache, mask)
             dq[:, heads, queries] = dq_
             dk[:, heads, :S] += dk_
             dv[:, heads, :S] += dv_
@@ -88,6 +94,6 @@ def join(tiles: list[Tile], n_keys: int) -> Float[ndarray, "B H T S"]:
     H = max(tile.heads.stop for tile in tiles)
     T = max(tile.queries.start + tile.att.shape[2] for tile in tiles)
     joined = np.zeros((B, H, T, n_keys), tiles[0].att.dtype)
-    for heads, queries, att in tiles:
+    for heads, queries, att, _ in tiles:
         joined[:, heads, queries, : att.shape[-1]] = att
     return joined

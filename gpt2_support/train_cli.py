@@ -140,6 +140,8 @@ def make_parser(
         ("eps", cli.positive_number, "AdamW: added to the root of the mean squared gradient, by "
          "which the mean is divided"),
         ("weight_decay", number, "decay of the matrices, times their rate"),
+        ("dropout", cli.below_1, "probability that a value is dropped, of embeddings, attention "
+         "weights and branches: for texts that are read many times (GPT-2: 0.1)"),
         ("grad_clip", number, "the largest norm of the gradient"),
         ("threads", positive, "threads that share a batch; the last bits depend on their number "
          "(default: the fastest, measured)"),

@@ -15,7 +15,7 @@ SETTINGS = [
     *("data", "val_data", "docs", "raw", "steps", "batch_size", "seq_len", "grad_accum", "order"),
     "lr",
     *("min_lr", "warmup", "decay_steps", "optimizer", "muon_lr", "momentum"),
-    *("beta1", "beta2", "eps", "weight_decay", "grad_clip"),
+    *("beta1", "beta2", "eps", "weight_decay", "dropout", "grad_clip"),
     *("seed", "ranks", "threads", "eval_every", "eval_tokens", "save_every", "sample_every"),
     "prompt",
 ]

@@ -25,6 +25,7 @@ import encoder
 import gpt2
 from gpt2_support import blas, hub, tiles
 from gpt2_support.formats import llmc
+from gpt2_support.masks import Dropout
 from gpt2_support.params import Config, LayerNorm, Params, n_params
 
 pytestmark = [
@@ -230,11 +231,17 @@ def test_few_rows_are_taken_apart_only_for_kernels_that_are_made_for_it(monkeypa
         assert len(stacks) == len(expected)
 
 
-def test_attention_gradient_is_numeric():
+def dropping(p):
+    """A Dropout that draws the same masks each time it is made, None for p = 0."""
+    return Dropout(p, seed=7) if p else None
+
+
+@pytest.mark.parametrize("p_drop", [0.0, 0.4])
+def test_attention_gradient_is_numeric(p_drop):
     params = random_params(MINI)
     p, positions = params.h[0].attn, np.arange(3)[None]
     check_backward(
-        lambda x: gpt2.attention(x, p, 2, positions),
+        lambda x: gpt2.attention(x, p, 2, positions, None, dropping(p_drop)),
         lambda dout, cache, d: gpt2.attention_backward(dout, cache, p, d.h[0].attn, 2),
         (normal(2, 3, 4),),
         params,
@@ -242,11 +249,12 @@ def test_attention_gradient_is_numeric():
     )
 
 
-def test_mlp_gradient_is_numeric():
+@pytest.mark.parametrize("p_drop", [0.0, 0.4])
+def test_mlp_gradient_is_numeric(p_drop):
     params = random_params(MINI)
     p = params.h[1].mlp
     check_backward(
-        lambda x: gpt2.mlp(x, p),
+        lambda x: gpt2.mlp(x, p, dropping(p_drop)),
         lambda dout, cache, d: gpt2.mlp_backward(dout, cache, p, d.h[1].mlp),
         (normal(2, 3, 4),),
         params,
@@ -329,13 +337,15 @@ def test_hook_replaces_what_the_layers_above_see():
     np.testing.assert_array_equal(x[0], x[1])  # nothing of the tokens is left
 
 
-def test_transformer_gradient_is_numeric():  # of one layer; the loss, below, is that of two
+@pytest.mark.parametrize("p_drop", [0.0, 0.4])
+def test_transformer_gradient_is_numeric(p_drop):  # of one layer; the loss, below, is that of two
     config = dataclasses.replace(MINI, n_layer=1)
     params, tokens = random_params(config), np.array([[3, 3, 0, 6, 1], [6, 3, 0, 3, 3]])
 
     def forward():
         caches = {}
-        return gpt2.transformer(params, tokens, hook=keep_in(caches)), caches
+        x = gpt2.transformer(params, tokens, hook=keep_in(caches), drop=dropping(p_drop))
+        return x, caches
 
     check_backward(
         forward,
@@ -344,6 +354,38 @@ def test_transformer_gradient_is_numeric():  # of one layer; the loss, below, is
         params,
         "model/",
     )
+
+
+def test_dropout_keeps_the_mean_and_drops_where_gpt2_does():
+    x = np.ones((200, 300), np.float32)
+    out, mask = gpt2.dropout(x, Dropout(0.1, 0))
+    assert set(np.unique(mask)) == {0, np.float32(1 / 0.9)} and out.dtype == np.float32
+    assert (out == 0).mean() == pytest.approx(0.1, abs=0.01)
+    assert gpt2.dropout(x, None)[0] is x
+    params, masks = random_params(), []
+
+    class Spy(Dropout):
+        def mask(self, *shape, dtype):
+            masks.append(shape)
+            return super().mask(*shape, dtype=dtype)
+
+    tokens = random_tokens(2, 5)
+    dropped, _ = gpt2.loss_and_grads(params, tokens, tokens, drop=Spy(0.5, 0))
+    B, T, C, H = 2, 5, 12, 3  # embeddings; in each layer attention weights and two branches
+    assert masks == [(B, T, C)] + 2 * [(B, H, T, T), (B, T, C), (B, T, C)]
+    assert dropped != gpt2.loss_and_grads(params, tokens, tokens)[0]
+
+
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_dropout_of_attention_does_not_depend_on_tiles(monkeypatch, n_threads):
+    params, tokens = random_params(), random_tokens(2, 9)
+    expected, grads = gpt2.loss_and_grads(params, tokens, tokens, drop=Dropout(0.5, 0))
+    monkeypatch.setattr(tiles, "QUERIES", 2)
+    monkeypatch.setattr(blas, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(blas, "get_threads", lambda: n_threads)
+    loss, tiled = gpt2.loss_and_grads(params, tokens, tokens, drop=Dropout(0.5, 0))
+    assert loss == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_allclose(tiled.flat, grads.flat, rtol=0, atol=1e-12)
 
 
 @pytest.mark.thorough

@@ -20,6 +20,7 @@ import gpt2
 import train
 from gpt2_support import data_parallel, datasets, runlog
 from gpt2_support.data_parallel import DataParallel
+from gpt2_support.distributed import ProcessGroup
 from gpt2_support.formats import llmc
 from gpt2_support.params import Config, Params
 
@@ -315,6 +316,58 @@ def test_training_resumes_bit_for_bit(tmp_path):
     assert same_state(resumed, whole) and resumed.step == 8
 
 
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_training_with_dropout_resumes_bit_for_bit(tmp_path, n_threads):
+    def workers(state):
+        return DataParallel(gpt2.loss_and_grads, state.params, n_threads, dropout=0.3)
+
+    def advance(state, until):
+        team = workers(state)
+        return [
+            train.train_step(state, loader.batches(step), team)[0]
+            for step in range(state.step, until)
+        ]
+
+    whole, half = (make_state(steps=8, grad_accum=2, dropout=0.3) for _ in range(2))
+    loader = train.DataLoader(uint16_tokens(300), whole.config)
+    advance(whole, 6)
+    advance(half, 3)
+    train.save_checkpoint(tmp_path, half)
+    resumed = train.load_checkpoint(tmp_path)
+    advance(resumed, 6)
+    assert same_state(resumed, whole) and resumed.config.dropout == 0.3
+
+
+def test_dropout_differs_by_step_batch_thread_and_rank():
+    drawn = []
+
+    def spy(params, tokens, targets, grads, n_counted, drop):
+        drawn.append(tuple(drop.mask(20, dtype=np.float32)))
+        return 0.0, grads
+
+    params, tokens = train.init_params(TINY), uint16_tokens(16).reshape(4, 4)
+    group = ProcessGroup()
+    for group.rank in (0, 1):
+        workers = DataParallel(spy, params, 2, group, dropout=0.5)
+        for step in (0, 1):
+            workers.loss_and_grads(params, [(tokens, tokens)] * 2, 7, step)
+    assert len(drawn) == len(set(drawn)) == 2 * 2 * 2 * 2
+    DataParallel(lambda *args: drawn.append(args[5]) or (0.0, None), params).loss_and_grads(
+        params, [(tokens, tokens)], 7, 0
+    )
+    assert drawn[-1] is None  # off by default
+
+
+def test_command_trains_with_dropout_and_resumes_it(no_picture, call, fish, text, out):
+    whole, dropout = text.parent / "whole", ("--dropout", 0.2)
+    assert call(train, *fish(*dropout, "--steps", 4, "--out", whole)).returncode == 0
+    assert call(train, *fish("--steps", 4, "--out", text.parent / "without")).returncode == 0
+    assert call(train, *fish(*dropout, "--steps", 2, "--decay_steps", 4)).returncode == 0
+    assert call(train, "--out", out, "--resume", "--steps", 4).returncode == 0
+    assert losses(out) == losses(whole) != losses(text.parent / "without")
+    assert (out / "model.bin").read_bytes() == (whole / "model.bin").read_bytes()
+
+
 def test_batches_of_the_steps_are_all_batches_in_their_order(monkeypatch):
     numbers, batch = [], train.DataLoader.batch
 
@@ -555,6 +608,7 @@ ERRORS = {
     "steps": (["--steps", "0"], 2, "argument --steps: '0' is not a whole number of 1 or more"),
     "lr": (["--lr", "nan"], 2, "argument --lr"),
     "seed": (["--seed", "-1"], 2, "argument --seed"),
+    "dropout": (["--dropout", "1"], 2, "'1' is not a number of 0 or more and below 1"),
     "order": (["--order", "backward"], 2, "argument --order: invalid choice: 'backward'"),
     "init": (["--init", "no/such/model"], 1, "no model no/such/model"),
     "resume": (["--resume"], 1, "there is no run to resume"),
