@@ -108,6 +108,7 @@ class TrainConfig:
     ranks: int = 1  # processes that share a batch; must divide batch_size
     threads: int = 1  # of a rank, that share its rows of a batch; must divide their number
     eval_every: int = 250  # steps
+    patience: int | None = None  # validations without a lower loss that end a run
     eval_tokens: int = 50_000  # the most that are used each time
     save_every: int = 250  # steps
     sample_every: int = 500  # steps
@@ -126,12 +127,19 @@ class TrainState:
     config: TrainConfig = field(default_factory=TrainConfig)
     step: int = 0  # steps done; the position in the data follows from it
     best_loss: float = math.inf  # the lowest validation loss so far, in nats a token
+    best_step: int = 0  # where that was
     optimizer: AdamW = None  # type: ignore[assignment]  # made below
     data: dict[str, str] | None = None  # what tells the data from any other
     is_consistent: bool = True  # False in the midst of an update
 
     def __post_init__(self) -> None:
         self.optimizer = self.optimizer or make_optimizer(self.config.optimizer, self.params)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether `patience` validations have passed without a lower loss: early stopping."""
+        patience, every = self.config.patience, self.config.eval_every
+        return patience is not None and self.step - self.best_step >= patience * every
 
 
 # ----------------------------------------------------------------------------------------------
@@ -280,8 +288,8 @@ def save_checkpoint(
     All ranks call this, and rank 0 writes; the files do not tell how many there are.
     """
     group, params, optimizer = group or ProcessGroup(), state.params, state.optimizer
-    meta = {"step": state.step, "best_loss": state.best_loss, "settings": asdict(state.config)}
-    meta |= {"config": asdict(params.config), "data": state.data}
+    meta = {name: vars(state)[name] for name in ("step", "best_loss", "best_step", "data")}
+    meta |= {"settings": asdict(state.config), "config": asdict(params.config)}
     shards = group.broadcast_shards if optimizer.is_sharded else lambda array: iter([array])
     arrays = {"params": [params.flat], "m": shards(optimizer.m), "v": shards(optimizer.v)}
     if group.rank > 0:
@@ -305,8 +313,8 @@ def load_checkpoint(folder: str | Path, group: ProcessGroup | None = None) -> Tr
         optimizer = make_optimizer(config.optimizer, params, group)
         optimizer.m[...] = arrays["m"][optimizer.shard]
         optimizer.v[...] = arrays["v"][optimizer.shard]
-    step, best_loss, data = meta["step"], meta["best_loss"], meta.get("data")
-    return TrainState(params, config, step, best_loss, optimizer, data)
+    progress = meta["step"], meta["best_loss"], meta.get("best_step", meta["step"])
+    return TrainState(params, config, *progress, optimizer, meta.get("data"))
 
 
 def train(
@@ -338,7 +346,9 @@ def train(
         RunLog(run.current if reports else None, state.step, config.steps) as log,
         saved_on_error(save, state),
     ):
-        while state.step < config.steps and not any(group.all_gather(interrupted())):
+        while state.step < config.steps and not state.is_stale:
+            if any(group.all_gather(interrupted())):
+                break
             start = time.perf_counter()
             loss, grad_norm, lr = train_step(state, loader.batches(state.step), workers)
             tokens_per_second = config.tokens_per_step / (time.perf_counter() - start)
@@ -349,8 +359,11 @@ def train(
                 log.write(f"step {state.step}: validation loss {evaluation}")
                 scores = [evaluation.loss, evaluation.bits_per_byte]
                 if evaluation.loss <= state.best_loss:  # equal: this step is taken again
-                    state.best_loss = evaluation.loss
+                    state.best_loss, state.best_step = evaluation.loss, state.step
                     checkpoint.save_best(run.current / "best", state.params, evaluation.loss)
+            if is_due(config.eval_every):
+                best = group.all_gather((state.best_loss, state.best_step))
+                state.best_loss, state.best_step = best[0]
             log.add(state.step, loss, lr, grad_norm, tokens_per_second, *scores)
 
             if reports and is_due(config.sample_every):
@@ -463,7 +476,7 @@ def train_command(args: Namespace) -> None:
     with group.rank_zero_first():  # it learns and encodes; the others find that done
         enc = find_tokenizer(args)
         tokens, val_tokens = read_tokens(args, enc)
-    data = checkpoint.fingerprint(data=tokens, val_data=val_tokens)
+    args.n_tokens, data = len(tokens), checkpoint.fingerprint(data=tokens, val_data=val_tokens)
     state = make_state(args, enc, data)
     config, params = state.config, state.params
     loader = DataLoader(tokens, config, group.rank)
@@ -477,10 +490,10 @@ def train_command(args: Namespace) -> None:
     config.threads = workers.n_threads
     train_cli.describe(state, len(tokens), seconds * config.grad_accum, gpt2.LM_HEAD_ROWS)
     train(state, loader, val_tokens[: config.eval_tokens], enc, out, workers)
-    if state.step < config.steps:
+    if state.step < config.steps and not state.is_stale:
         train_cli.say_stopped(state.step, args)
         sys.exit(130)
-    train_cli.say_done(state.best_loss, args)
+    train_cli.say_done(state, args)
 
 
 def eval_command(args: Namespace) -> None:

@@ -105,11 +105,14 @@ def check_arrays(arrays: dict[str, ndarray]) -> None:
 def check_progress(meta: dict) -> None:
     """Raise ValueError unless the step and the best loss of a run are numbers that can be."""
     step, best_loss = meta["step"], meta["best_loss"]
+    best_step = meta.get("best_step", 0)  # which runs of older versions do not have, nor `data`
     if type(step) is not int or step < 0:
         raise ValueError(f"step = {step!r}")
+    if type(best_step) is not int or not 0 <= best_step <= step:
+        raise ValueError(f"best_step = {best_step!r}")
     if not isinstance(best_loss, int | float) or math.isnan(best_loss):
         raise ValueError(f"best_loss = {best_loss!r}")
-    if not isinstance(meta.get("data"), dict | None):  # which runs of version 0.1.0 do not have
+    if not isinstance(meta.get("data"), dict | None):
         raise ValueError(f"data = {meta['data']!r}")
 
 

@@ -122,6 +122,7 @@ def make_parser(
     group = add_group(
         "training",
         ("steps", positive, "steps of the optimizer in all"),
+        ("epochs", cli.positive_number, "passes over the data, another way to say --steps"),
         ("batch_size", positive, "windows at a time, shared by all ranks under mpiexec"),
         ("seq_len", positive, "tokens a window (default: n_ctx, or at most 256 to fine-tune)"),
         ("grad_accum", positive, "batches a step, their gradients averaged"),
@@ -158,6 +159,12 @@ def make_parser(
     add_group(
         "reports",
         ("eval_every", positive, "steps between validations"),
+        (
+            "patience",
+            positive,
+            "validations without a lower loss that end the run, whose result is "
+            "then the model in best/ (default: it goes on to the end)",
+        ),
         ("eval_tokens", positive, "the most tokens that a validation takes"),
         ("save_every", positive, "steps between checkpoints"),
         ("sample_every", positive, "steps between samples"),
@@ -205,6 +212,7 @@ def ignored_flags(args: Namespace, given: set[str]) -> Iterator[tuple[str, str]]
         (not args.resume, {"other_data"}, "it belongs to --resume"),
         (not args.resume and args.init != "scratch", MODEL, "the model of --init has its own"),
         (args.optimizer != "muon", {"muon_lr", "momentum"}, "it belongs to --optimizer muon"),
+        (args.epochs, {"steps"}, "--epochs gives the steps"),
         (args.tokenizer, {"n_vocab"}, "--tokenizer has its own vocabulary"),
     ]
     for flag, paths in (("n_vocab", [args.data]), ("docs", [args.data, args.val_data])):
@@ -246,8 +254,15 @@ def fit_to_model(args: Namespace, model: Config) -> dict[str, Any]:
     return {
         **{name: path and str(datasets.find(Path(path)).resolve()) for name, path in paths.items()},
         **{"seq_len": seq_len, "lr": lr, "min_lr": min_lr},
+        **({"steps": steps_of(args, seq_len)} if args.epochs else {}),
         **{"ranks": group.size, "threads": args.threads or 1},
     }
+
+
+def steps_of(args: Namespace, seq_len: int) -> int:
+    """Return how many steps --epochs passes over the data are, at least 1."""
+    tokens_per_step = args.batch_size * seq_len * args.grad_accum
+    return math.ceil(args.epochs * args.n_tokens / tokens_per_step)
 
 
 def check_division(args: Namespace) -> None:
@@ -334,9 +349,16 @@ def say_stopped(step: int, args: Namespace) -> None:
     info(f"{args.out}: saved at step {step}; go on with: {command}")
 
 
-def say_done(best_loss: float, args: Namespace) -> None:
-    """Say where the models are and how to sample from the last one."""
-    sampling = ("--model", args.out, "--n_tokens", 100, "--temperature", 0.8)
+def say_done(state: Any, args: Namespace) -> None:
+    """Say where the models of a train.TrainState are, and how to sample from the result."""
+    best, config = args.out / "best", state.config
+    if state.is_stale:
+        info(
+            f"--patience: no lower validation loss since step {state.best_step}, so the run ends "
+            f"at step {state.step} of {config.steps}; the result is {best}"
+        )
+    result = best if state.is_stale else args.out
+    sampling = ("--model", result, "--n_tokens", 100, "--temperature", 0.8)
     command = cli.command("gpt2.py", args.prompt, *sampling)
-    best = f"the lowest validation loss was {best_loss:.4f}, by {args.out / 'best'}"
-    info(f"{args.out / 'model.bin'}: done; {best}. To sample: {command}")
+    lowest = f"the lowest validation loss was {state.best_loss:.4f}, by {best}"
+    info(f"{result / 'model.bin'}: done; {lowest}. To sample: {command}")

@@ -16,7 +16,16 @@ SETTINGS = [
     "lr",
     *("min_lr", "warmup", "decay_steps", "optimizer", "muon_lr", "momentum"),
     *("beta1", "beta2", "eps", "weight_decay", "dropout", "grad_clip"),
-    *("seed", "ranks", "threads", "eval_every", "eval_tokens", "save_every", "sample_every"),
+    *(
+        "seed",
+        "ranks",
+        "threads",
+        "eval_every",
+        "patience",
+        "eval_tokens",
+        "save_every",
+        "sample_every",
+    ),
     "prompt",
 ]
 
@@ -39,7 +48,7 @@ def test_state_file_holds_what_every_version_reads(tmp_path):
     with zipfile.ZipFile(tmp_path / "state.npz") as archive:
         assert archive.namelist() == ["meta.npy", "params.npy", "m.npy", "v.npy"]
     meta = json.loads(str(np.load(tmp_path / "state.npz")["meta"]))
-    assert list(meta) == ["step", "best_loss", "settings", "config", "data"]
+    assert list(meta) == ["step", "best_loss", "best_step", "data", "settings", "config"]
     assert list(meta["settings"]) == SETTINGS
     assert list(meta["config"]) == ["n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"]
 
@@ -79,7 +88,14 @@ def test_make_settings_refuses_wrong_types_and_ranges(name, value):
 
 
 @pytest.mark.parametrize(
-    "change", [{"step": -1}, {"step": 1.0}, {"best_loss": "low"}, {"best_loss": float("nan")}]
+    "change",
+    [
+        {"step": -1},
+        {"step": 1.0},
+        {"best_loss": "low"},
+        {"best_loss": float("nan")},
+        {"best_step": 1},
+    ],
 )
 def test_check_progress_refuses_wrong_types_and_ranges(change):
     checkpoint.check_progress({"step": 0, "best_loss": float("inf")})

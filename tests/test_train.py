@@ -486,6 +486,41 @@ def test_command_resumes_a_run_that_has_ended_and_mends_its_model(trained, call)
     assert len(losses(trained)) == 6
 
 
+def scripted_losses(monkeypatch, losses):
+    """Let the validations of a run give these losses, by step."""
+    evaluate = train.evaluate
+
+    def scripted(params, tokens, lengths, seq_len, stride=None):
+        evaluation = evaluate(params, tokens, lengths, seq_len, stride)
+        return replace(evaluation, nats=next(losses) * evaluation.n_tokens)
+
+    monkeypatch.setattr(train, "evaluate", scripted)
+
+
+def test_command_stops_early_when_validation_is_no_better(no_picture, call, fish, out, monkeypatch):
+    scripted_losses(monkeypatch, iter([5.0, 4.0, 4.1, 4.2, 4.3]))
+    arguments = ("--steps", 40, "--eval_every", 2, "--patience", 2, "--save_every", 1)
+    done = call(train, *fish(*arguments))
+    assert done.returncode == 0, done.stderr
+    state = train.load_checkpoint(out)
+    assert (state.step, state.best_step, state.best_loss) == (8, 4, pytest.approx(4))
+    assert "no lower validation loss since step 4, so the run ends at step 8 of 40" in done.stderr
+    command = shlex.split(last_line(done.stderr).split("To sample: ")[1])
+    assert command[command.index("--model") + 1] == str(out / "best")
+    again = call(train, "--resume", "--out", out)
+    assert again.returncode == 0 and train.load_checkpoint(out).step == 8
+    more = call(train, "--resume", "--out", out, "--patience", 3)
+    assert more.returncode == 0 and train.load_checkpoint(out).step == 10
+
+
+def test_patience_counts_on_after_a_resume(no_picture, call, fish, out, monkeypatch):
+    scripted_losses(monkeypatch, iter([5.0, 4.0, 4.1, 4.2, 4.3]))
+    arguments = ("--eval_every", 2, "--patience", 2)
+    assert call(train, *fish(*arguments, "--steps", 6, "--decay_steps", 40)).returncode == 0
+    assert call(train, "--resume", "--out", out, "--steps", 40).returncode == 0
+    assert train.load_checkpoint(out).step == 8
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_command_saves_and_exits_after_a_signal(no_picture, call, fish, out, monkeypatch, name):
     if not hasattr(signal, name):

@@ -1,11 +1,13 @@
 """The flags of train.py: what they mean, and that none does nothing without a word."""
 
 import shlex
+from argparse import Namespace
 
 import numpy as np
 import pytest
 
 import train
+from gpt2_support import train_cli
 from gpt2_support.formats import llmc
 
 
@@ -26,6 +28,7 @@ def refusal(call, argv):
         ("--init stories --n_vocab 300", "n_vocab", "the model of --init has its own"),
         ("--tokenizer t.bin --n_vocab 300", "n_vocab", "--tokenizer has its own vocabulary"),
         ("--stride 4", "stride", "it belongs to --eval_only"),
+        ("--epochs 2 --steps 4", "steps", "--epochs gives the steps"),
         ("--other_data", "other_data", "it belongs to --resume"),
         ("--eval_only --init stories --eval_tokens 9", "eval_tokens", "--eval_only does not train"),
         ("--eval_only --init stories --val_data x", "val_data", "--eval_only does not train"),
@@ -93,3 +96,19 @@ def test_shard_of_one_rank_is_said_to_do_nothing(call, fish):
     done = call(train, *fish("--shard", "--steps", 1))
     assert done.returncode == 0
     assert done.stderr.count("--shard: there is one rank") == 1
+
+
+@pytest.mark.parametrize("epochs, steps", [(2, 2), (0.5, 1), (1.01, 2), (7, 7)])
+def test_epochs_are_passes_over_the_data(epochs, steps):
+    args = Namespace(epochs=epochs, n_tokens=8000, batch_size=10, grad_accum=4)
+    assert train_cli.steps_of(args, seq_len=200) == steps
+
+
+def test_epochs_give_the_steps_of_a_run(no_picture, call, text, out):
+    tiny = "--n_vocab 260 --n_layer 1 --n_head 2 --n_embd 8 --n_ctx 8 --batch_size 10"
+    done = call(train, "--data", text, "--out", out, *tiny.split(), "--epochs", 1.5)
+    assert done.returncode == 0, done.stderr
+    steps = train.load_checkpoint(out).step
+    assert f"{steps} steps of 80 tokens, 1.5 passes over" in done.stderr
+    assert call(train, "--resume", "--out", out, "--epochs", 2).returncode == 0
+    assert train.load_checkpoint(out).step > steps
