@@ -16,17 +16,8 @@ SETTINGS = [
     "lr",
     *("min_lr", "warmup", "decay_steps", "optimizer", "muon_lr", "momentum"),
     *("beta1", "beta2", "eps", "weight_decay", "dropout", "grad_clip"),
-    *(
-        "seed",
-        "ranks",
-        "threads",
-        "eval_every",
-        "patience",
-        "eval_tokens",
-        "save_every",
-        "sample_every",
-    ),
-    "prompt",
+    *("seed", "ranks", "threads", "eval_every", "patience", "eval_tokens", "save_every"),
+    *("sample_every", "prompt"),
 ]
 
 
