@@ -262,16 +262,23 @@ def train_step(
 
 
 def evaluate(
-    params: Params, tokens: Tokens, lengths: Lengths, seq_len: int, stride: int | None = None
+    params: Params,
+    tokens: Tokens,
+    lengths: Lengths,
+    seq_len: int,
+    stride: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> Evaluation:
     """Return how well a model predicts tokens (N,) after the first, with a progress bar.
+
+    All ranks of a group call this, share the work, and have the same result.
 
     `lengths` are the bytes of text that each token of the vocabulary stands for, 0 for end-of-text,
     which must be predicted as any other token. See `Windows` for seq_len and stride, and for what
     raises ValueError.
     """
     windows = Windows(tokens, seq_len, stride)
-    nats = sum_losses(lambda batch: gpt2.token_losses(params, *batch), windows)
+    nats = sum_losses(lambda batch: gpt2.token_losses(params, *batch), windows, group)
     return Evaluation(nats, len(tokens) - 1, int(lengths[tokens[1:]].sum()))
 
 
@@ -327,7 +334,7 @@ def train(
 ) -> None:
     """Take the steps that are left of a run, in place; write its log and checkpoints to `out`.
 
-    All ranks learn, rank 0 also validates, samples and logs. Ctrl-C on any rank ends the loop
+    All ranks learn and validate, rank 0 also samples and logs. Ctrl-C on any rank ends the loop
     between two steps, with a checkpoint; so does an error, where that can be.
     """
     config, group, lengths = state.config, workers.group, datasets.token_lengths(enc)
@@ -354,16 +361,14 @@ def train(
             tokens_per_second = config.tokens_per_step / (time.perf_counter() - start)
 
             scores: list[float] = []
-            if reports and is_due(config.eval_every):
-                evaluation = evaluate(state.params, val, lengths, config.seq_len)
+            if is_due(config.eval_every):
+                evaluation = evaluate(state.params, val, lengths, config.seq_len, group=group)
                 log.write(f"step {state.step}: validation loss {evaluation}")
                 scores = [evaluation.loss, evaluation.bits_per_byte]
                 if evaluation.loss <= state.best_loss:  # equal: this step is taken again
                     state.best_loss, state.best_step = evaluation.loss, state.step
-                    checkpoint.save_best(run.current / "best", state.params, evaluation.loss)
-            if is_due(config.eval_every):
-                best = group.all_gather((state.best_loss, state.best_step))
-                state.best_loss, state.best_step = best[0]
+                    if reports:
+                        checkpoint.save_best(run.current / "best", state.params, evaluation.loss)
             log.add(state.step, loss, lr, grad_norm, tokens_per_second, *scores)
 
             if reports and is_due(config.sample_every):
@@ -498,12 +503,15 @@ def train_command(args: Namespace) -> None:
 
 def eval_command(args: Namespace) -> None:
     """Print how well --init predicts --data."""
-    params = gpt2.load(args.init, args.models_dir)
-    enc = find_tokenizer(args)
-    check_tokenizer(args.init, params.config, enc.n_vocab)
-    tokens = datasets.read_tokens(args.data, enc, args.docs, args.raw)
+    group = args.group
+    with group.rank_zero_first():  # it downloads and encodes; the others find that done
+        params = gpt2.load(args.init, args.models_dir)
+        enc = find_tokenizer(args)
+        check_tokenizer(args.init, params.config, enc.n_vocab)
+        tokens = datasets.read_tokens(args.data, enc, args.docs, args.raw)
+    group.check_same(data=tokens, parameters=params.flat)
     seq_len, stride = train_cli.window_lengths(args, params.config.n_ctx)
-    result = evaluate(params, tokens, datasets.token_lengths(enc), seq_len, stride)
+    result = evaluate(params, tokens, datasets.token_lengths(enc), seq_len, stride, group)
     write(
         f"{args.data}: {result}; {result.n_tokens} tokens ({result.n_bytes} bytes), in windows of "
         f"{seq_len}, stride {stride}"

@@ -74,6 +74,8 @@ class ProcessGroup:
 
     def check_same(self, **arrays: ndarray) -> None:
         """Raise ValueError if an array is not the same on all ranks."""
+        if self.size == 1:
+            return
         checksums = self.all_gather([zlib.crc32(array.data) for array in arrays.values()])
         for name, of_ranks in zip(arrays, zip(*checksums, strict=True), strict=True):
             if len(set(of_ranks)) > 1:

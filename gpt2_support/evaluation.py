@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 
 from gpt2_support import blas
 from gpt2_support.checks import IGNORE_INDEX
+from gpt2_support.distributed import ProcessGroup
 from gpt2_support.messages import BarStream
 
 if TYPE_CHECKING:
@@ -94,11 +96,16 @@ class Windows:
         return x, y
 
 
-def sum_losses(losses: Callable[[Batch], Float[ndarray, "B T"]], windows: Windows) -> float:
+def sum_losses(
+    losses: Callable[[Batch], Float[ndarray, "B T"]],
+    windows: Windows,
+    group: ProcessGroup | None = None,
+) -> float:
     """Return the sum of losses(batch) over all batches, in nats, with a progress bar.
 
-    Threads share the batches, one a core, each with one BLAS thread: so the work between the matrix
-    products is shared as well.
+    The ranks of a group share the batches. So do the threads of a rank, one a core, each with one
+    BLAS thread: the work between the matrix products is shared as well. The sum is the same
+    however many share it.
     """
     from tqdm import tqdm
 
@@ -107,7 +114,9 @@ def sum_losses(losses: Callable[[Batch], Float[ndarray, "B T"]], windows: Window
         total = float(losses(batch).sum(dtype=np.float64))
         return total, int(np.count_nonzero(batch[1] != IGNORE_INDEX))
 
-    n_threads = min(blas.get_threads(), len(windows))
+    group = group or ProcessGroup()
+    numbers = range(group.rank, len(windows), group.size)
+    n_threads = max(1, min(blas.get_threads(), len(numbers)))
     bar = tqdm(
         total=len(windows.tokens) - 1,
         desc="evaluate",
@@ -119,9 +128,9 @@ def sum_losses(losses: Callable[[Batch], Float[ndarray, "B T"]], windows: Window
     sums = []
     with bar, blas.one_thread(), ThreadPoolExecutor(n_threads) as pool:
         try:
-            for total, n_tokens in pool.map(nats, range(len(windows))):
+            for total, n_tokens in pool.map(nats, numbers):
                 sums.append(total)
-                bar.update(n_tokens)
+                bar.update(min(n_tokens * group.size, bar.total - bar.n))
         finally:
             pool.shutdown(cancel_futures=True)  # after an error, too, soon
-    return math.fsum(sums)
+    return math.fsum(itertools.chain(*group.all_gather(sums)))  # exact, so in any order

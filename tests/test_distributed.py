@@ -20,7 +20,7 @@ import pytest
 from helpers import ROOT, TEXT, TINY
 
 import train
-from gpt2_support import distributed, run_folder, runlog
+from gpt2_support import distributed, evaluation, run_folder, runlog
 from gpt2_support.distributed import MPIProcessGroup, ProcessGroup
 from gpt2_support.params import n_params
 
@@ -149,6 +149,23 @@ def test_check_same_names_what_differs():
         group_of(0, 2, lambda value: [value, [value[0], 0]]).check_same(**arrays)
 
 
+@pytest.mark.parametrize("n_windows", [1, 7])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ranks_share_the_windows_of_an_evaluation(size, n_windows):
+    windows = evaluation.Windows(np.arange(4 * n_windows + 1), 4, batch_size=1)
+    seen, sums = [], []
+
+    def losses(batch):
+        seen.append(int(batch[0][0, 0]))
+        return batch[0] / 3
+
+    for rank in range(size):  # each tells the others its sums, and gets them from the last one
+        group = group_of(rank, size, lambda mine: sums.append(mine) or sums)
+        total = evaluation.sum_losses(losses, windows, group)
+    assert sorted(seen) == list(range(0, 4 * n_windows, 4))
+    assert total == evaluation.sum_losses(losses, windows)  # bit for bit
+
+
 @pytest.mark.parametrize("rank, order", [(0, ["block", "meet"]), (1, ["meet", "block"])])
 def test_rank_zero_goes_first_even_with_an_error(rank, order):
     events = []
@@ -267,6 +284,16 @@ def test_command_on_two_ranks_does_what_one_process_does(no_picture, mpi, call, 
     for name in ("model.bin", "state.npz", "best/model.bin"):
         two, sharded = ((text.parent / out / name).read_bytes() for out in ("fish", "sharded"))
         assert two == sharded
+
+
+@pytest.mark.thorough
+def test_eval_only_on_two_ranks_prints_what_one_process_prints(mpi, call, fish, text):
+    assert call(train, *fish()[1:]).returncode == 0
+    flags = ("--eval_only", "--init", text.parent / "fish", "--data", text)
+    one, two = call(train, *flags), mpi(2, "train.py", *flags)
+    assert two.returncode == 0, two.stderr
+    assert "nats a token" in two.stdout
+    assert two.stdout == one.stdout
 
 
 @pytest.mark.thorough
