@@ -122,7 +122,7 @@ def make_parser(
     group = add_group(
         "training",
         ("steps", positive, "steps of the optimizer in all"),
-        ("epochs", cli.positive_number, "passes over the data, in place of --steps (default: as --steps says)"),
+        ("epochs", cli.positive_number, "passes over the data, for --steps (default: as it says)"),
         ("batch_size", positive, "windows at a time, shared by all ranks under mpiexec"),
         ("seq_len", positive, "tokens a window (default: n_ctx, or at most 256 to fine-tune)"),
         ("grad_accum", positive, "batches a step, their gradients averaged"),

@@ -49,9 +49,15 @@ def load_params(path: str | Path) -> Params:
 
 
 def convert(
-    source: str | Path, target: str | Path, to: str = "bin", overwrite: bool = False
+    source: str | Path,
+    target: str | Path,
+    to: str = "bin",
+    overwrite: bool = False,
+    dtype: str = "fp32",
 ) -> None:
     """Convert a model into a folder of ours (`to="bin"`) or of Hugging Face's (`to="hf"`).
+
+    Ours has numbers of 32 bits, or of 16 with `dtype="bf16"`, rounded to the nearest.
 
     `source` is a folder in OpenAI's layout, of Hugging Face's or of ours, a model .bin file, or a
     .safetensors file beside its config.json. Nothing in `target` is replaced before all of `source`
@@ -59,14 +65,18 @@ def convert(
     FileNotFoundError, or ValueError naming the file and what is wrong with it.
     """
     source, target = Path(source), Path(target)
+    if dtype not in llmc.VERSIONS or (to == "hf" and dtype != "fp32"):
+        raise ValueError(f"dtype {dtype!r}: expected fp32, or bf16 for a model.bin")
     folder = source.parent if source.is_file() else source
     check_target(folder, target, overwrite)
     with run_folder.lock(target) if find_run(target) else contextlib.nullcontext():
         with open_model(source) as (config, get, description):
             info(f"{source}: {description}, {config}")
             tokenizer = open_tokenizer(folder, config)
-            save = {"bin": save_model_folder, "hf": save_hf_folder}[to]
-            save(target, config, get, tokenizer)
+            if to == "hf":
+                save_hf_folder(target, config, get, tokenizer)
+            else:
+                save_model_folder(target, config, get, tokenizer, dtype)
         for path in find_run(target):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     info(f"{target}: written")
@@ -151,7 +161,11 @@ def open_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
 
 
 def save_model_folder(
-    folder: Path, config: Config, get: GetTensor, tokenizer: Tokenizer | None
+    folder: Path,
+    config: Config,
+    get: GetTensor,
+    tokenizer: Tokenizer | None,
+    dtype: str = "fp32",
 ) -> None:
     """Write `model.bin` and, unless it is None, `tokenizer.bin`.
 
@@ -160,7 +174,7 @@ def save_model_folder(
     """
     check_leftovers(folder, ["tokenizer.bin"] if tokenizer else [], ["tokenizer.bin"])
     with atomic_write(folder / "model.bin") as file:
-        llmc.write_model(file, config, get)
+        llmc.write_model(file, config, get, dtype)
         sync(file)
         if tokenizer:
             save_tokenizer(folder / "tokenizer.bin", *tokenizer)

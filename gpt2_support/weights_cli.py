@@ -59,6 +59,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.command == "download" and args.base_url and args.name not in MODEL_NAMES:
         reason = f"{args.name} comes from the Hugging Face hub"
         parser.error(f"argument --base_url: it would do nothing, since {reason}")
+    if args.command == "convert" and args.to == "hf" and args.dtype != "fp32":
+        parser.error("argument --dtype: bf16 is for model.bin, and --to hf writes float32")
     return args
 
 
@@ -104,6 +106,7 @@ def add_convert(commands: Commands) -> None:
         examples=[
             "python utils.py convert path/to/gpt2 models/mine",
             "python utils.py convert models/mine path/to/hf --to hf",
+            "python utils.py convert models/mine models/half --dtype bf16",
         ],
     )
     add = parser.add_argument
@@ -114,6 +117,13 @@ def add_convert(commands: Commands) -> None:
         choices=["bin", "hf"],
         default="bin",
         help="what to write: our model.bin and tokenizer.bin, or what transformers loads",
+    )
+    add(
+        "--dtype",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="the numbers of model.bin: of 32 bits, or rounded to 16, 8 of them significant, for "
+        "a file of half the size",
     )
     add("--overwrite", action="store_true", help="replace a training run that is in TARGET")
 
@@ -133,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.keep and not any((folder / name).exists() for name in ("openai", "huggingface")):
             info("--keep: the files as they came are not there any more")
     else:
-        convert(args.source, args.target, args.to, args.overwrite)
+        convert(args.source, args.target, args.to, args.overwrite, args.dtype)
 
 
 def command() -> None:

@@ -7,7 +7,7 @@ import pytest
 from helpers import TINY, random_params
 from model_files import write_bin
 
-from gpt2_support.formats import llmc, token_table
+from gpt2_support.formats import llmc, stored_tensor, token_table
 from gpt2_support.params import Config, Params
 
 
@@ -40,6 +40,50 @@ def test_model_file_version_5_is_bf16(tmp_path):
     loaded = llmc.load_params(tmp_path)
     assert loaded.flat.dtype == np.float32
     assert np.array_equal(loaded.flat.view("u4"), bits)
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        (0x3F800000, 0x3F80),  # 1
+        (0x3F807FFF, 0x3F80),  # below the middle
+        (0x3F808000, 0x3F80),  # the middle goes to the even one, down
+        (0x3F818000, 0x3F82),  # and up
+        (0x3F808001, 0x3F81),  # above the middle
+        (0xBF808001, 0xBF81),  # of negative numbers too
+        (0x00000000, 0x0000),
+        (0x80000000, 0x8000),
+        (0x00018000, 0x0002),  # numbers below the normal ones
+        (0x3FFFFFFF, 0x4000),  # into the next power of 2
+        (0x7F7FFFFF, 0x7F80),  # the largest becomes infinite
+        (0x7F800000, 0x7F80),
+        (0xFF800000, 0xFF80),
+    ],
+)
+def test_bf16_is_rounded_to_nearest_even(value, expected):
+    values = np.array([value], np.uint32).view(np.float32)
+    assert stored_tensor.float32_to_bf16(values).tolist() == [expected]
+
+
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, 0xFFC00000, 0xFFFFFFFF])
+def test_bf16_of_nan_is_nan(bits):
+    written = stored_tensor.float32_to_bf16(np.array([bits], np.uint32).view(np.float32))
+    assert np.isnan(stored_tensor.bf16_to_float32(written)).all()
+
+
+def test_bf16_is_the_nearest_of_all(tmp_path):
+    """Against a search among all positive bf16 numbers; they are in the order of their bits."""
+    params = random_params(TINY, np.float32)
+    with open(tmp_path / "model.bin", "wb") as file:
+        llmc.write_model(file, TINY, params.named.__getitem__, "bf16")
+    loaded = llmc.load_params(tmp_path).flat
+    grid = stored_tensor.bf16_to_float32(np.arange(0x7F80, dtype=np.uint16)).astype(float)
+    x = np.abs(params.flat.astype(float))
+    above = np.searchsorted(grid, x)
+    below = np.maximum(above - 1, 0)
+    nearest = np.where(x - grid[below] < grid[above] - x, grid[below], grid[above])
+    np.testing.assert_array_equal(loaded, np.sign(params.flat) * nearest)
+    assert os.path.getsize(tmp_path / "model.bin") == 1024 + 2 * params.flat.size
 
 
 def test_model_file_of_float64_parameters_is_float32(tmp_path):

@@ -22,6 +22,7 @@ from gpt2_support.formats.stored_tensor import (
     Shape,
     StoredTensor,
     bf16_to_float32,
+    float32_to_bf16,
     modified,
     read_tensor,
 )
@@ -160,31 +161,38 @@ def read_model_header(file: BinaryIO) -> tuple[Config, int, np.dtype]:
     return config, n_rows, dtype
 
 
+VERSIONS = {"fp32": 3, "bf16": 5}  # that are written, by their numbers
+
+
 def save_params(path: str | Path, params: Params) -> None:
     """Write a model .bin file of llm.c's version 3 (float32, padded vocabulary), atomically."""
     with atomic_write(path) as file:
         write_model(file, params.config, params.named.__getitem__)
 
 
-def write_model(file: BinaryIO, config: Config, get: GetTensor) -> None:
-    """Write a model .bin file of version 3, one tensor at a time.
+def write_model(file: BinaryIO, config: Config, get: GetTensor, dtype: str = "fp32") -> None:
+    """Write a model .bin file of version 3, or 5 for "bf16", one tensor at a time.
 
     `get(name)` returns a tensor; raises ValueError if its shape is not the one in `tensors`.
     """
     c = config
     sizes = (c.n_ctx, c.n_vocab, c.n_layer, c.n_head, c.n_embd, c.n_vocab_padded)
-    write_header(file, MODEL_MAGIC, 3, *sizes)
+    write_header(file, MODEL_MAGIC, VERSIONS[dtype], *sizes)
     for name, shape in named_shapes(config):
-        write_array(file, get(name), shape)
+        write_array(file, get(name), shape, dtype)
         if name == "model/wte":
-            file.write(bytes(4 * (c.n_vocab_padded - c.n_vocab) * c.n_embd))
+            padding = np.zeros((c.n_vocab_padded - c.n_vocab, c.n_embd), "<f4")
+            write_array(file, padding, padding.shape, dtype)
 
 
-def write_array(file: BinaryIO, array: Float[ndarray, "*shape"], shape: Shape) -> None:
-    """Write an array as float32; raise ValueError if it has another shape than `shape`."""
+def write_array(
+    file: BinaryIO, array: Float[ndarray, "*shape"], shape: Shape, dtype: str = "fp32"
+) -> None:
+    """Write an array as float32 or bf16; raise ValueError if it has another shape than `shape`."""
     if array.shape != shape:
         raise ValueError(f"an array of shape {array.shape}, expected {shape}")
-    file.write(np.ascontiguousarray(array, "<f4").data)
+    values = np.ascontiguousarray(array, "<f4")
+    file.write((float32_to_bf16(values) if dtype == "bf16" else values).data)
 
 
 # Tokens
