@@ -197,7 +197,7 @@ class Muon(AdamW):
         """Update params by gradients times `scale`, in place; step t counts from 1."""
         super().step(params, grads, lr, t, config, scale, parallel)
         flats = params.flat[self.shard], grads.flat[self.shard], self.m
-        muon_lr = lr / config.lr * config.muon_lr
+        muon_lr = config.muon_lr * (lr / config.lr if config.lr else 0)
 
         def update(i: int, n: int) -> None:
             for at, shape in self._matrices[i::n]:

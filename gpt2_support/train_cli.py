@@ -25,7 +25,6 @@ FINE_TUNING = {  # the defaults that differ where --init names a model
     "steps": 200,
     "batch_size": 4,
     "lr": 5e-5,
-    "muon_lr": 1e-3,
     "warmup": 20,
     "eval_every": 50,
     "eval_tokens": 10_000,
@@ -43,6 +42,7 @@ DEFAULTS = {  # of the flags that are no settings of a run, or depend on the mod
     "seq_len": None,
     "lr": None,
     "min_lr": None,
+    "muon_lr": None,
     "threads": None,
 }
 
@@ -133,8 +133,8 @@ def make_parser(
         ("decay_steps", positive, "steps until --min_lr (default: --steps)"),
         ("optimizer", [*optimizers], "muon changes the matrices of the blocks in all directions "
          "alike, which takes fewer steps, and leaves the rest to AdamW"),
-        ("muon_lr", number, "Muon: the highest learning rate of those matrices; --lr is the "
-         "others', and both follow one schedule"),
+        ("muon_lr", number, "Muon: the highest learning rate of those matrices; it follows the same "
+         "schedule as --lr, that of the others (default: 0.02, in proportion to --lr)"),
         ("momentum", cli.below_1, "Muon: decay of the sum of gradients"),
         ("beta1", cli.below_1, "AdamW: decay of the mean gradient"),
         ("beta2", cli.below_1, "AdamW: decay of the mean squared gradient"),
@@ -247,13 +247,12 @@ def fit_to_model(args: Namespace, model: Config) -> dict[str, Any]:
         raise ValueError(f"--seq_len {seq_len} exceeds n_ctx = {n_ctx}")
     check_division(args)
     lr = 0.5 / model.n_embd if args.lr is None else args.lr  # 0.03 for 16 channels, 6.5e-4 for 768
-    if lr == 0 and args.optimizer == "muon":
-        raise ValueError("--lr 0: --optimizer muon needs a rate of more than 0 for its schedule")
+    muon_lr = 0.04 * model.n_embd * lr if args.muon_lr is None else args.muon_lr
     min_lr = lr / 10 if args.min_lr is None else args.min_lr
     paths = {"data": args.data, "val_data": args.val_data}
     return {
         **{name: path and str(datasets.find(Path(path)).resolve()) for name, path in paths.items()},
-        **{"seq_len": seq_len, "lr": lr, "min_lr": min_lr},
+        **{"seq_len": seq_len, "lr": lr, "min_lr": min_lr, "muon_lr": muon_lr},
         **({"steps": steps_of(args, seq_len)} if args.epochs else {}),
         **{"ranks": group.size, "threads": args.threads or 1},
     }

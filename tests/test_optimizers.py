@@ -235,12 +235,24 @@ def test_command_trains_with_muon_and_resumes_it(no_picture, call, fish, text, o
     assert isinstance(state.optimizer, optimizers.Muon)
 
 
+def test_muon_lr_is_in_proportion_to_lr(no_picture, call, fish, out):
+    muon = ("--optimizer", "muon", "--steps", 1, "--overwrite")
+    for flags, expected in (
+        (("--lr", 0.5 / 8), 0.02),
+        (("--lr", 0.25 / 8), 0.01),
+        (("--lr", 0), 0),
+    ):
+        assert call(train, *fish(*muon, *flags)).returncode == 0
+        assert train.load_checkpoint(out).config.muon_lr == pytest.approx(expected)
+    assert call(train, *fish(*muon, "--muon_lr", 0.5)).returncode == 0
+    assert train.load_checkpoint(out).config.muon_lr == 0.5
+
+
 def test_command_refuses_what_does_not_fit_muon(call, fish, out):
     cases = [
         (("--muon_lr", 0.1), 2, "--muon_lr: it would do nothing, since it belongs to --optimizer"),
         (("--momentum", 0.9), 2, "--momentum: it would do nothing, since it belongs to"),
         (("--optimizer", "muon", "--momentum", 1), 2, "'1' is not a number of 0 or more and below"),
-        (("--optimizer", "muon", "--lr", 0), 1, "--lr 0: --optimizer muon needs a rate"),
         (("--optimizer", "sgd"), 2, "argument --optimizer: invalid choice: 'sgd'"),
     ]
     for arguments, status, message in cases:
