@@ -133,8 +133,8 @@ def make_parser(
         ("decay_steps", positive, "steps until --min_lr (default: --steps)"),
         ("optimizer", [*optimizers], "muon changes the matrices of the blocks in all directions "
          "alike, which takes fewer steps, and leaves the rest to AdamW"),
-        ("muon_lr", number, "Muon: the highest learning rate of those matrices; it follows the same "
-         "schedule as --lr, that of the others (default: 0.02, in proportion to --lr)"),
+        ("muon_lr", number, "Muon: the highest learning rate of those matrices; it follows the "
+         "schedule of --lr, that of the others (default: 0.02, in proportion to --lr)"),
         ("momentum", cli.below_1, "Muon: decay of the sum of gradients"),
         ("beta1", cli.below_1, "AdamW: decay of the mean gradient"),
         ("beta2", cli.below_1, "AdamW: decay of the mean squared gradient"),
