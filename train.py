@@ -20,6 +20,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,8 @@ from gpt2_support import checkpoint, cli, corpus, datasets, hub, run_folder, tra
 from gpt2_support.checks import check_tokenizer, check_writable
 from gpt2_support.data_parallel import DataParallel, fastest, serial
 from gpt2_support.distributed import ProcessGroup, init_process_group
-from gpt2_support.evaluation import Evaluation, Windows, sum_losses
+from gpt2_support.evaluation import Evaluation, measure
+from gpt2_support.evaluation_cli import measure_text, run_evaluation
 from gpt2_support.formats import llmc
 from gpt2_support.interrupts import deferred_interrupts, forgiving_output, never_fatal
 from gpt2_support.messages import write
@@ -269,17 +271,8 @@ def evaluate(
     stride: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Evaluation:
-    """Return how well a model predicts tokens (N,) after the first, with a progress bar.
-
-    All ranks of a group call this, share the work, and have the same result.
-
-    `lengths` are the bytes of text that each token of the vocabulary stands for, 0 for end-of-text,
-    which must be predicted as any other token. See `Windows` for seq_len and stride, and for what
-    raises ValueError.
-    """
-    windows = Windows(tokens, seq_len, stride)
-    nats = sum_losses(lambda batch: gpt2.token_losses(params, *batch), windows, group)
-    return Evaluation(nats, len(tokens) - 1, int(lengths[tokens[1:]].sum()))
+    """Return how well a model predicts tokens (N,) after the first: see `evaluation.measure`."""
+    return measure(gpt2, params, tokens, lengths, seq_len, stride, group)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -502,7 +495,7 @@ def train_command(args: Namespace) -> None:
 
 
 def eval_command(args: Namespace) -> None:
-    """Print how well --init predicts --data."""
+    """Print how well --init predicts --data, as `evaluate.py --data` does."""
     group = args.group
     with group.rank_zero_first():  # it downloads and encodes; the others find that done
         params = gpt2.load(args.init, args.models_dir)
@@ -510,12 +503,7 @@ def eval_command(args: Namespace) -> None:
         check_tokenizer(args.init, params.config, enc.n_vocab)
         tokens = datasets.read_tokens(args.data, enc, args.docs, args.raw)
     group.check_same(data=tokens, parameters=params.flat)
-    seq_len, stride = train_cli.window_lengths(args, params.config.n_ctx)
-    result = evaluate(params, tokens, datasets.token_lengths(enc), seq_len, stride, group)
-    write(
-        f"{args.data}: {result}; {result.n_tokens} tokens ({result.n_bytes} bytes), in windows of "
-        f"{seq_len}, stride {stride}"
-    )
+    write(measure_text(gpt2, params, enc, tokens, args, group)[1])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -534,6 +522,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def command() -> None:
     """Run the installed command `gpt2-train`."""
     cli.run(main)
+
+
+def evaluate_command() -> None:
+    """Run the installed command `gpt2-evaluate`, which is evaluate.py in a checkout."""
+    cli.run(partial(run_evaluation, gpt2, encoder))
 
 
 if __name__ == "__main__":

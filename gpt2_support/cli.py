@@ -27,8 +27,9 @@ COMMANDS = {
     "train.py": "gpt2-train",
     "encoder.py": "gpt2-tokenize",
     "utils.py": "gpt2-weights",
+    "evaluate.py": "gpt2-evaluate",
 }
-PROGRAM = re.compile(r"(python )?\b(gpt2|train|encoder|utils)\.py\b")
+PROGRAM = re.compile(r"(python )?\b(gpt2|train|encoder|utils|evaluate)\.py\b")
 
 
 def is_command() -> bool:

@@ -63,6 +63,17 @@ DATA_SETS = {
         docs="lines",
     ),
 }
+TASKS = {  # JSON lines, for evaluate.py: see tasks.py
+    "lambada": DataSet(
+        "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
+        1_819_752,
+        "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
+    ),
+    "hellaswag": DataSet(
+        "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+        sha256="0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+    ),
+}
 MAX_BYTES = 10**10  # of a data set whose size is not known
 
 
@@ -100,9 +111,9 @@ def advice(name: Path) -> str:
 
 def download(name: str, effort: Effort = Effort()) -> Path:  # noqa: B008 (it cannot be changed)
     """Fetch a data set, unless it is there, and return its path; raises as `http.fetch` does."""
-    url, size, sha256, _ = DATA_SETS[name]
+    url, size, sha256, _ = (DATA_SETS | TASKS)[name]
     url = huggingface_hub.endpoint() + url if url.startswith("/") else url
-    path = folders.datasets_dir() / f"{name}.txt"
+    path = folders.datasets_dir() / f"{name}{'.jsonl' if name in TASKS else '.txt'}"
     if path.is_file():
         return path
     info(f"{path}: fetching {f'{size:,} bytes' if size else 'the text'} from {public(url)}")

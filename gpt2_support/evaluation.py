@@ -6,7 +6,7 @@ import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,11 +17,16 @@ from gpt2_support.messages import BarStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeAlias, TypeVar
 
     from jaxtyping import Float, Integer
     from numpy import ndarray
 
+    from gpt2_support.params import Params
+
+    T = TypeVar("T")
     Batch = tuple[Integer[ndarray, "B T"], Integer[ndarray, "B T"]]  # tokens and targets
+    Losses: TypeAlias = Callable[[Batch], Float[ndarray, "B T"]]
 
 TOKENS_PER_BATCH = 2048
 
@@ -33,6 +38,7 @@ class Evaluation:
     nats: float  # in total
     n_tokens: int
     n_bytes: int
+    squares: float = math.nan  # the sum of the squares of the tokens' nats
 
     @property
     def loss(self) -> float:
@@ -40,14 +46,22 @@ class Evaluation:
         return self.nats / self.n_tokens
 
     @property
+    def standard_error(self) -> float:
+        """Of the loss, as if the tokens were independent of each other."""
+        return standard_error(self.n_tokens, self.nats, self.squares)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700))  # what a float can hold
+
+    @property
     def bits_per_byte(self) -> float:
         """Comparable between tokenizers, as nats a token are not."""
         return self.nats / math.log(2) / max(1, self.n_bytes)
 
     def __str__(self) -> str:
-        perplexity = math.exp(min(self.loss, 700))  # what a float can hold
         return (
-            f"{self.loss:.4f} nats a token, perplexity {perplexity:.2f}, "
+            f"{self.loss:.4f} nats a token, perplexity {self.perplexity:.2f}, "
             f"{self.bits_per_byte:.4f} bits a byte"
         )
 
@@ -96,41 +110,91 @@ class Windows:
         return x, y
 
 
-def sum_losses(
-    losses: Callable[[Batch], Float[ndarray, "B T"]],
-    windows: Windows,
+def measure(
+    gpt2: Any,
+    params: Params,
+    tokens: Integer[ndarray, " N"],
+    lengths: Integer[ndarray, " V"],
+    seq_len: int,
+    stride: int | None = None,
     group: ProcessGroup | None = None,
-) -> float:
-    """Return the sum of losses(batch) over all batches, in nats, with a progress bar.
+) -> Evaluation:
+    """Return how well a model predicts tokens (N,) after the first, with a progress bar.
 
-    The ranks of a group share the batches. So do the threads of a rank, one a core, each with one
-    BLAS thread: the work between the matrix products is shared as well. The sum is the same
-    however many share it.
+    All ranks of a group call this, share the work, and have the same result.
+
+    `gpt2` is the module, whose function computes. `lengths` are the bytes of text that each token
+    of the vocabulary stands for, 0 for end-of-text, which must be predicted as any other token. See
+    `Windows` for seq_len and stride, and for what raises ValueError.
+    """
+
+    def losses(batch: Batch) -> Float[ndarray, "B T"]:
+        return gpt2.token_losses(params, *batch)
+
+    nats, squares = sum_losses(losses, Windows(tokens, seq_len, stride), group)
+    return Evaluation(nats, len(tokens) - 1, int(lengths[tokens[1:]].sum()), squares)
+
+
+def sum_losses(
+    losses: Losses, windows: Windows, group: ProcessGroup | None = None
+) -> tuple[float, float]:
+    """Return the sum of losses(batch) over all batches, in nats, and that of their squares.
+
+    The ranks of a group share the batches. The sums are the same however many share them.
+    """
+    group = group or ProcessGroup()
+
+    def sums(i: int) -> tuple[tuple[float, float], int]:
+        batch = windows.batch(i)
+        x = losses(batch)
+        both = float(x.sum(dtype=np.float64)), float(np.square(x, dtype=np.float64).sum())
+        return both, int(np.count_nonzero(batch[1] != IGNORE_INDEX))
+
+    numbers = range(group.rank, len(windows), group.size)
+    here = in_threads(sums, numbers, len(windows.tokens) - 1, "tok", group.size)
+    nats, squares = zip(*itertools.chain(*group.all_gather(here)), strict=True)
+    return math.fsum(nats), math.fsum(squares)  # exact, so in any order
+
+
+def token_losses(losses: Losses, windows: Windows) -> Float[ndarray, " N-1"]:
+    """Return losses(batch) of all batches: those of the tokens after the first, in their order."""
+
+    def of_batch(i: int) -> tuple[ndarray, int]:
+        batch = windows.batch(i)
+        x = losses(batch)[batch[1] != IGNORE_INDEX]
+        return x, len(x)
+
+    return np.concatenate(in_threads(of_batch, range(len(windows)), len(windows.tokens) - 1, "tok"))
+
+
+def in_threads(
+    work: Callable[[int], tuple[T, int]], numbers: range, total: int, unit: str, n_ranks: int = 1
+) -> list[T]:
+    """Return the results of work(i) for all numbers i; each comes with what it adds to the bar.
+
+    The progress bar goes to `total`, with which all ranks are done. Threads share the batches, one
+    a core, each with one BLAS thread: the work between the matrix products is shared as well.
     """
     from tqdm import tqdm
 
-    def nats(i: int) -> tuple[float, int]:
-        batch = windows.batch(i)
-        total = float(losses(batch).sum(dtype=np.float64))
-        return total, int(np.count_nonzero(batch[1] != IGNORE_INDEX))
-
-    group = group or ProcessGroup()
-    numbers = range(group.rank, len(windows), group.size)
+    bar = tqdm(total=total, desc="evaluate", unit=unit, leave=False, delay=2, file=BarStream())
+    results = []
     n_threads = max(1, min(blas.get_threads(), len(numbers)))
-    bar = tqdm(
-        total=len(windows.tokens) - 1,
-        desc="evaluate",
-        unit="tok",
-        leave=False,
-        delay=2,
-        file=BarStream(),
-    )
-    sums = []
     with bar, blas.one_thread(), ThreadPoolExecutor(n_threads) as pool:
         try:
-            for total, n_tokens in pool.map(nats, numbers):
-                sums.append(total)
-                bar.update(min(n_tokens * group.size, bar.total - bar.n))
+            for result, n_done in pool.map(work, numbers):
+                results.append(result)
+                bar.update(min(n_done * n_ranks, total - bar.n))
         finally:
             pool.shutdown(cancel_futures=True)  # after an error, too, soon
-    return math.fsum(itertools.chain(*group.all_gather(sums)))  # exact, so in any order
+    return results
+
+
+def standard_error(n: int, total: float, squares: float) -> float:
+    """Return that of the mean of n independent values, by their sum and that of their squares.
+
+    NaN for a single value, whose spread is unknown.
+    """
+    if n < 2:
+        return math.nan
+    return math.sqrt(max(0.0, squares - total * total / n) / (n - 1) / n)

@@ -297,16 +297,6 @@ def check_same_run(args: Namespace, model: Config, data: dict[str, str]) -> None
         checkpoint.check_data(args.out, args.state.data, data)
 
 
-def window_lengths(args: Namespace, n_ctx: int) -> tuple[int, int]:
-    """Return --seq_len and --stride of an evaluation; raises ValueError if they do not fit."""
-    seq_len = args.seq_len or n_ctx
-    stride = args.stride or seq_len
-    if not stride <= seq_len <= n_ctx:
-        limits = f"--stride {stride} <= --seq_len {seq_len} <= n_ctx {n_ctx}"
-        raise ValueError(f"expected {limits}")
-    return seq_len, stride
-
-
 def describe(state: Any, n_tokens: int, seconds: float, head_rows: int) -> None:
     """Tell the shape of a train.TrainState, and the time and memory that the rest of it takes.
 

@@ -25,17 +25,18 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[ArgumentParser]
 
+DATA_SETS = datasets.DATA_SETS.keys() | datasets.TASKS.keys()
 NAME_HELP = (
     f"{', '.join(MODEL_NAMES)}, one of the aliases {', '.join(MODEL_ALIASES)}, or a GPT-2 of the "
     "Hugging Face hub: distilgpt2, or owner/name[@revision]; or a data set: "
-    f"{', '.join(datasets.DATA_SETS)}"
+    f"{', '.join(datasets.DATA_SETS)}, or for evaluate.py {', '.join(datasets.TASKS)}"
 )
 
 
 def model_name(text: str) -> str:
     """Return the name of a model or data set to download, for argparse's `type=`."""
     try:
-        return text if text in datasets.DATA_SETS else resolve_name(text)
+        return text if text in DATA_SETS else resolve_name(text)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
 
@@ -131,7 +132,7 @@ def add_convert(commands: Commands) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line: `python utils.py --help`."""
     args = parse_args(argv)
-    if args.command == "download" and args.name in datasets.DATA_SETS:
+    if args.command == "download" and args.name in DATA_SETS:
         if args.models_dir != MODELS_DIR or args.base_url or args.keep:
             raise ValueError(
                 f"{args.name}: a data set, and --models_dir, --base_url and --keep are for models; "

@@ -112,7 +112,7 @@ def test_sum_losses_uses_two_threads_at_once(two_cores):
         assert blas.get_threads() == 1
         return np.ones(batch[0].shape, np.float32) * (batch[1] != -1)
 
-    assert evaluation.sum_losses(losses, make_windows(33)) == 32
+    assert evaluation.sum_losses(losses, make_windows(33)) == (32, 32)
 
 
 def test_sum_losses_stops_at_an_error():

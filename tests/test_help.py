@@ -6,10 +6,19 @@ import shlex
 import pytest
 
 import encoder
+import evaluate
 import gpt2
 import train
 import utils
-from gpt2_support import __version__, cli, encoder_cli, folders, gpt2_cli, weights_cli
+from gpt2_support import (
+    __version__,
+    cli,
+    encoder_cli,
+    evaluation_cli,
+    folders,
+    gpt2_cli,
+    weights_cli,
+)
 
 COMMANDS = [
     (utils,),
@@ -20,11 +29,13 @@ COMMANDS = [
     (encoder, "encode"),
     (gpt2,),
     (train,),
+    (evaluate,),
 ]
 PARSERS = {
     "utils.py": weights_cli.parse_args,
     "encoder.py": encoder_cli.parse_args,
     "gpt2.py": gpt2_cli.parse_args,
+    "evaluate.py": evaluation_cli.parse_args,
     "train.py": lambda argv: train.make_parser().parse_args(argv),  # does not look at the files
 }
 each_command = pytest.mark.parametrize(
@@ -66,7 +77,7 @@ def test_help_fits_80_columns(command, page):
 
 
 @pytest.mark.parametrize(
-    "module", [gpt2, train, encoder, utils], ids=lambda module: module.__name__
+    "module", [gpt2, train, encoder, utils, evaluate], ids=lambda module: module.__name__
 )
 def test_version_is_that_of_the_package(module, capsys):
     with pytest.raises(SystemExit) as exit:

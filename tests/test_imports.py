@@ -1,6 +1,6 @@
 """Imports go in one direction, and a slow one waits until it is needed.
 
-Every `import` of the four modules and of gpt2_support is read, not run.
+Every `import` of the five modules and of gpt2_support is read, not run.
 """
 
 import ast
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STANDARD = sys.stdlib_module_names | {"__future__"}
 SLOW = {"requests", "tqdm", "matplotlib", "mpi4py"}
-MODULES = ("gpt2", "encoder", "train", "utils")
+MODULES = ("gpt2", "encoder", "train", "utils", "evaluate")
 
 # What each may import besides the standard library: at its top, and in its functions as well.
 TOP = {
@@ -21,6 +21,7 @@ TOP = {
     "encoder": {"gpt2_support", "numpy", "regex"},
     "train": {"gpt2_support", "numpy", "gpt2", "encoder"},
     "utils": {"gpt2_support"},
+    "evaluate": {"gpt2_support", "gpt2", "encoder", "train"},
     "gpt2_support": {"gpt2_support", "numpy", "regex"},
 }
 LATER = {"gpt2": {"encoder"}}  # only its command line turns text into ids
@@ -68,8 +69,11 @@ def test_imports_go_in_one_direction(path):
 
 @pytest.mark.parametrize(
     ("modules", "others"),
-    [("gpt2", {"encoder", "train", "utils", "regex"}), ("gpt2, encoder, train, utils", SLOW)],
-    ids=["gpt2", "all four"],
+    [
+        ("gpt2", {"encoder", "train", "utils", "regex"}),
+        ("gpt2, encoder, train, utils, evaluate", SLOW),
+    ],
+    ids=["gpt2", "all five"],
 )
 def test_import_loads_nothing_else(modules, others):
     code = f"import sys, {modules}; print(*sys.modules)"

@@ -2,9 +2,10 @@
 
 Each goes into a virtual environment of its own, which shares NumPy and the other dependencies with
 the one that runs the tests, so nothing is downloaded. All are used in a folder that holds somebody
-else's `utils.py`, `encoder.py`, `train.py` and `names.py`.
+else's `utils.py`, `encoder.py`, `train.py`, `evaluate.py` and `names.py`.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,8 +18,9 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, TEXT
+from task_items import write_items
 
-from gpt2_support import __version__
+from gpt2_support import __version__, cli
 
 pytestmark = pytest.mark.thorough
 
@@ -102,7 +104,7 @@ def installation(request, checkout, built, tmp_path_factory):
         *options, *source[request.param], cwd=root,
     )  # fmt: skip
     folder.mkdir()
-    for name in ("utils", "encoder", "train", "names"):
+    for name in ("utils", "encoder", "train", "evaluate", "names"):
         text = f"raise ImportError('this is somebody else\\'s {name}.py')\n"
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
     return request.param, environment, folder
@@ -147,7 +149,8 @@ def test_gpt2_works_beside_other_modules_of_the_same_names(installation, user):
 
 def test_names_that_an_installation_adds_are_four(user, tmp_path):
     code = "import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if u.find_spec(n)])"
-    names = ("gpt2", "encoder", "train", "gpt2_support", "utils", "models", "tests", "benchmarks")
+    names = ("gpt2", "encoder", "train", "gpt2_support", "utils", "evaluate", "models", "tests")
+    names += ("benchmarks",)
     done = user("python", "-c", code, *names, cwd=tmp_path)
     assert done.stdout.split() == ["gpt2", "encoder", "train", "gpt2_support"]
 
@@ -161,7 +164,7 @@ def test_downloads_go_to_the_checkout_or_to_the_cache(installation, user, checko
         assert models_dir.is_relative_to(tmp_path / "home")
 
 
-@pytest.mark.parametrize("command", ["gpt2", "gpt2-train", "gpt2-tokenize", "gpt2-weights"])
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS.values()))
 def test_command_knows_its_name_and_version(user, command):
     assert user(command, "--version").stdout == f"{command} {__version__}\n"
     page = user(command, "--help").stdout
@@ -173,6 +176,14 @@ def test_command_gpt2_tells_a_story(user):
     done = user("gpt2", "Once upon a time", "--model", "stories", "--n_tokens", 8)
     assert done.stdout == ", there was a little girl named Lily\n"
     assert done.stderr == ""
+
+
+def test_command_gpt2_evaluate_measures_beside_other_modules(user, tmp_path):
+    write_items(tmp_path, 5)
+    flags = ("--model", "stories", "--data", "lambada.jsonl", "--json")
+    done = user("gpt2-evaluate", *flags, cwd=tmp_path)
+    assert json.loads(done.stdout)["n_items"] == 5
+    assert "' upon'" in user("gpt2-evaluate", "Once upon", "--model", "stories").stdout
 
 
 def test_commands_tokenize_train_and_convert(installation, user, checkout, tmp_path):

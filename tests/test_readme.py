@@ -16,8 +16,10 @@ import openai_files
 import pytest
 from helpers import ROOT
 from model_files import write_hf
+from task_items import write_items
 
 import gpt2
+from gpt2_support.cli import COMMANDS as COMMANDS_OF
 from gpt2_support.params import Config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,7 +29,7 @@ PAGES = [
       for page in sorted((ROOT / folder).glob("*.md"))),
 ]  # fmt: skip
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
-PROGRAMS = ("gpt2.py", "encoder.py", "train.py", "utils.py")
+PROGRAMS = ("gpt2.py", "encoder.py", "train.py", "utils.py", "evaluate.py")
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 # The commands that an installation has: {"gpt2-train": "train:main"}.
 SCRIPTS = dict(re.findall(r'^(gpt2[\w-]*) = "([\w.]+:\w+)"$', PYPROJECT, re.M))
@@ -63,9 +65,8 @@ COMMANDS = [
 
 
 def program_of(command):
-    """Return which of the four modules a command is: "train.py" for gpt2-train."""
-    module = SCRIPTS.get(command[0], "").partition(":")[0]
-    return {"gpt2_support.weights_cli": "utils.py", "": command[0]}.get(module, f"{module}.py")
+    """Return which of the five modules a command is: "train.py" for gpt2-train."""
+    return {name: program for program, name in COMMANDS_OF.items()}.get(command[0], command[0])
 
 
 def make_text(n=3000, seed=0):
@@ -94,6 +95,7 @@ def clone(tmp_path_factory):
     for name in ("names", "tinyshakespeare"):  # which have been fetched: see test_datasets.py
         text = "\n".join(make_text().split())
         (folder / "datasets" / f"{name}.txt").write_text(text, encoding="utf-8")
+    write_items(folder / "datasets", 5)  # of LAMBADA and of HellaSwag
     config = Config(openai_files.N_VOCAB, n_ctx=128, n_embd=8, n_head=2, n_layer=2)
     for path in ("path/to/openai_or_hf", "site/124M"):
         (folder / path).mkdir(parents=True)
