@@ -179,15 +179,20 @@ def explain(enc: Encoder, id: int, ids: ndarray, probs: ndarray) -> str:
 
 
 def token_column(enc: Encoder, id: int, width: int = 11) -> str:
-    r"""Return a token as Python would write it, filled or cut to `width`: ' cat', '\n', b'\xe2'."""
-    try:
-        text = repr(enc.tokens[id].decode())
-    except UnicodeDecodeError:
-        text = repr(enc.tokens[id])  # a part of a character
-    text = "end of text" if id == enc.eot else text
+    """Return what `token_text` does, filled or cut to `width` columns of a terminal."""
+    text = token_text(enc, id)
     while display_width(text) > width:
         text = text.removesuffix("…")[:-1] + "…"
     return text + " " * (width - display_width(text))
+
+
+def token_text(enc: Encoder, id: int) -> str:
+    r"""Return a token as Python would write it: ' cat', '\n', b'\xe2' for a part of a character."""
+    try:
+        text = repr(enc.tokens[id].decode())
+    except UnicodeDecodeError:
+        text = repr(enc.tokens[id])
+    return "end of text" if id == enc.eot else text
 
 
 def display_width(text: str) -> int:
