@@ -249,9 +249,10 @@ def test_muon_lr_is_in_proportion_to_lr(no_picture, call, fish, out):
 
 
 def test_command_refuses_what_does_not_fit_muon(call, fish, out):
+    adamw = ("--optimizer", "adamw")
     cases = [
-        (("--muon_lr", 0.1), 2, "--muon_lr: it would do nothing, since it belongs to --optimizer"),
-        (("--momentum", 0.9), 2, "--momentum: it would do nothing, since it belongs to"),
+        ((*adamw, "--muon_lr", 0.1), 2, "--muon_lr: it would do nothing, since it belongs to"),
+        ((*adamw, "--momentum", 0.9), 2, "--momentum: it would do nothing, since it belongs to"),
         (("--optimizer", "muon", "--momentum", 1), 2, "'1' is not a number of 0 or more and below"),
         (("--optimizer", "sgd"), 2, "argument --optimizer: invalid choice: 'sgd'"),
     ]
