@@ -77,7 +77,8 @@ def step(job):
 def settings(job, model, steps=1, lr=worker.LR, **more):
     """Return the TrainConfig that train.py chooses for a batch B x T."""
     flags = {"batch_size": job.B, "seq_len": job.T, "steps": steps, "lr": lr, "min_lr": lr}
-    flags |= {"data": __file__, "warmup": 0, **more}  # any file: nothing is read
+    flags |= {"warmup": 0, "optimizer": "adamw", **more}  # as the others
+    flags |= {"data": __file__}  # any file: nothing is read
     argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     return train.make_config(train.parse_args(argv), model)
 

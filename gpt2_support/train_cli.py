@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gpt2_support.distributed import ProcessGroup
 
 FINE_TUNING = {  # the defaults that differ where --init names a model
+    "optimizer": "adamw",
     "steps": 200,
     "batch_size": 4,
     "lr": 5e-5,
@@ -42,6 +43,7 @@ DEFAULTS = {  # of the flags that are no settings of a run, or depend on the mod
     "seq_len": None,
     "lr": None,
     "min_lr": None,
+    "optimizer": "muon",
     "muon_lr": None,
     "threads": None,
 }
