@@ -19,24 +19,25 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections import namedtuple
+from collections import deque, namedtuple
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 # The package comes before NumPy, whose BLAS it configures.
-from gpt2_support import blas, checks, cli, gpt2_cli, hub, streaming, tiles  # isort: skip
+from gpt2_support import blas, checks, cli, gpt2_cli, hooks, hub, streaming, tiles  # isort: skip
 
 import numpy as np
 
 from gpt2_support.blas import accumulate_matmul, matmul, mean_last, sum_last
 from gpt2_support.checks import IGNORE_INDEX
+from gpt2_support.hooks import NO_HOOK, NoHook
 from gpt2_support.prompts import answer_prompts
 from gpt2_support.weights import load_params
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     import argparse
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias
 
     from jaxtyping import Float, Integer
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
     from numpy.typing import ArrayLike, DTypeLike
 
     from encoder import Encoder
+    from gpt2_support.hooks import Edit, Record
     from gpt2_support.masks import Dropout
     from gpt2_support.params import MLP, Attention, Block, Config, LayerNorm, Linear, Params
 
@@ -55,56 +57,38 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
     Heads: TypeAlias = Float[ndarray, "B H T D"]
     Keys: TypeAlias = Float[ndarray, "B H S D"]
     Scores: TypeAlias = Float[ndarray, "B H T S"]
+    Weights: TypeAlias = tuple[Scores, Scores]  # of the softmax, and after the hook
     Tokens: TypeAlias = Integer[ndarray, "B T"]
     Positions: TypeAlias = Integer[ndarray, "#B T"]
     Logits: TypeAlias = Float[ndarray, " V"]
-    Caches: TypeAlias = dict[str, Any]  # by layer: an EmbedCache, BlockCaches, a LayerNormCache
-    Hook: TypeAlias = Callable[[str, Stream, Any], Stream]
+    Caches: TypeAlias = deque[Any]  # an EmbedCache, BlockCaches, a LayerNormCache
 
 # ----------------------------------------------------------------------------------------------
 # The layers
 
 # What a backward needs of its forward.
-EmbedCache = namedtuple("EmbedCache", "tokens positions mask")
+EmbedCache = namedtuple("EmbedCache", "tokens positions")
 LayerNormCache = namedtuple("LayerNormCache", "xhat rstd")
 GeluCache = namedtuple("GeluCache", "x tanh")
-AttentionCache = namedtuple("AttentionCache", "x q k v att heads mask")
-MLPCache = namedtuple("MLPCache", "x fc gelu mask")
+AttentionCache = namedtuple("AttentionCache", "x q k v att heads")
+MLPCache = namedtuple("MLPCache", "x fc gelu")
 BlockCache = namedtuple("BlockCache", "ln_1 attn ln_2 mlp")
 CrossEntropyCache = namedtuple("CrossEntropyCache", "exp total targets")
 
 
-def embed(
-    tokens: Tokens, positions: Positions, p: Params, drop: Dropout | None = None
-) -> tuple[Stream, EmbedCache]:
+def embed(tokens: Tokens, positions: Positions, p: Params) -> tuple[Stream, EmbedCache]:
     """Add the embeddings of tokens (B, T) and of positions (B or 1, T): -> (B, T, C).
 
     Both are learned, as in Radford et al. 2018, "Improving Language Understanding by Generative
     Pre-Training".
     """
-    x, mask = dropout(p.wte[tokens] + p.wpe[positions], drop)
-    return x, EmbedCache(tokens, positions, mask)
+    return p.wte[tokens] + p.wpe[positions], EmbedCache(tokens, positions)
 
 
 def embed_backward(dout: Stream, cache: EmbedCache, d: Params) -> None:
     """dwte[tokens] += dout;  dwpe[positions] += dout, for positions (1, T)."""
-    dout = dropout_backward(dout, cache.mask)
     d.wpe[cache.positions[0]] += dout.sum(0)
     np.add.at(d.wte, cache.tokens, dout)  # `d.wte[tokens] += dout` adds a repeated token once
-
-
-def dropout(x: ndarray, drop: Dropout | None) -> tuple[ndarray, ndarray | None]:
-    """Set values to 0 at random and scale the others up, so that the mean stays: x mask.
-
-    Srivastava et al. 2014, jmlr.org/papers/v15/srivastava14a. Without `drop`, x as it is.
-    """
-    mask = None if drop is None else drop.mask(*x.shape, dtype=x.dtype)
-    return (x if mask is None else x * mask), mask
-
-
-def dropout_backward(dout: ndarray, mask: ndarray | None) -> ndarray:
-    """dx = dout mask."""
-    return dout if mask is None else dout * mask
 
 
 def layer_norm(x: AnyRows, p: LayerNorm, eps: float = 1e-5) -> tuple[AnyRows, LayerNormCache]:
@@ -189,16 +173,17 @@ def softmax_backward(dout: AnyRows, out: AnyRows) -> AnyRows:
 
 
 def scaled_dot_product_attention(
-    q: Heads, k: Keys, v: Keys, positions: Positions, mask: Scores | None = None
-) -> tuple[Heads, Scores]:
+    q: Heads, k: Keys, v: Keys, positions: Positions, hook: NoHook = NO_HOOK
+) -> tuple[Heads, Weights]:
     """softmax(q k^T / sqrt(D)) v, where query t sees only the keys s <= positions[b, t].
 
-    `mask` is that of dropout. Vaswani et al. 2017, arXiv:1706.03762, 3.2.1.
+    Vaswani et al. 2017, arXiv:1706.03762, 3.2.1.
     """
     att = q @ k.swapaxes(-1, -2)  # (B, H, T, S)
     att *= 1 / math.sqrt(q.shape[-1])
-    att = softmax(mask_future(att, positions))
-    return (att if mask is None else att * mask) @ v, att
+    probs = softmax(mask_future(att, positions))
+    att = hook("attn.att", probs)
+    return att @ v, (probs, att)
 
 
 def mask_future(att: Scores, positions: Positions) -> Scores:
@@ -211,16 +196,16 @@ def mask_future(att: Scores, positions: Positions) -> Scores:
 
 
 def scaled_dot_product_attention_backward(
-    dout: Heads, cache: tuple[Heads, Keys, Keys, Scores], mask: Scores | None = None
+    dout: Heads, cache: tuple[Heads, Keys, Keys, Weights], hook: NoHook = NO_HOOK
 ) -> tuple[Heads, Keys, Keys]:
     """dv = att^T dout;  datt = dout v^T;  dq, dk = dscores k, dscores^T q, over sqrt(D).
 
     A score in the future has att = 0, and so no gradient.
     """
-    q, k, v, att = cache
-    dv = (att if mask is None else att * mask).swapaxes(-1, -2) @ dout
-    datt = dropout_backward(dout @ v.swapaxes(-1, -2), mask)
-    datt = softmax_backward(datt, att)
+    q, k, v, (probs, att) = cache
+    dv = att.swapaxes(-1, -2) @ dout
+    datt = hook.backward("attn.att", dout @ v.swapaxes(-1, -2))
+    datt = softmax_backward(datt, probs)
     datt *= 1 / math.sqrt(q.shape[-1])
     return datt @ k, datt.swapaxes(-1, -2) @ q, dv
 
@@ -231,7 +216,7 @@ def attention(
     n_head: int,
     positions: Positions,
     past: Past | None = None,
-    drop: Dropout | None = None,
+    hook: NoHook = NO_HOOK,
 ) -> tuple[Stream, AttentionCache]:
     """Multi-head causal self-attention: (B, T, C) -> (B, T, C).
 
@@ -242,22 +227,28 @@ def attention(
     q, k, v = split_heads(qkv, 3, n_head)  # (B, H, T, D) each
     if past is not None:
         k, v = past.update(k, v, positions)  # (B, H, S, D)
-    mask = None if drop is None else drop.mask(*q.shape[:3], k.shape[2], dtype=x.dtype)
-    out, att = tiles.apply(scaled_dot_product_attention, q, k, v, positions, mask)
-    out, heads = linear(merge_heads(out), p.c_proj)
-    out, mask = dropout(out, drop)  # (B, T, C)
-    return out, AttentionCache(x, q, k, v, att, heads, mask)
+    q, k, v = hook("attn.q", q), hook("attn.k", k), hook("attn.v", v)
+    heads, att = tiles.apply(scaled_dot_product_attention, q, k, v, positions, hook)
+    out, heads = linear(hook("attn.heads", merge_heads(heads)), p.c_proj)
+    return hook("attn.out", out), AttentionCache(x, q, k, v, att, heads)
 
 
 def attention_backward(
-    dout: Stream, cache: AttentionCache, p: Attention, d: Attention, n_head: int
+    dout: Stream,
+    cache: AttentionCache,
+    p: Attention,
+    d: Attention,
+    n_head: int,
+    hook: NoHook = NO_HOOK,
 ) -> Stream:
     """The steps of `attention` in reverse."""
-    x, q, k, v, att, heads, mask = cache
-    dout = dropout_backward(dout, mask)
-    dheads = linear_backward(dout, heads, p.c_proj, d.c_proj)
-    (dout,) = split_heads(dheads, 1, n_head)
-    dq, dk, dv = tiles.apply_backward(scaled_dot_product_attention_backward, dout, q, k, v, att)
+    x, q, k, v, att, heads = cache
+    dheads = linear_backward(hook.backward("attn.out", dout), heads, p.c_proj, d.c_proj)
+    (dout,) = split_heads(hook.backward("attn.heads", dheads), 1, n_head)
+    dq, dk, dv = tiles.apply_backward(
+        scaled_dot_product_attention_backward, dout, q, k, v, att, hook
+    )
+    dv, dk, dq = (hook.backward(f"attn.{x}", dx) for x, dx in zip("vkq", (dv, dk, dq), strict=True))
     dqkv = np.concatenate([merge_heads(dx) for dx in (dq, dk, dv)], axis=-1)  # (B, T, 3C)
     return linear_backward(dqkv, x, p.c_attn, d.c_attn)
 
@@ -276,25 +267,23 @@ def merge_heads(x: Heads) -> Float[ndarray, "B T H*D"]:
     return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
 
 
-def mlp(x: Stream, p: MLP, drop: Dropout | None = None) -> tuple[Stream, MLPCache]:
+def mlp(x: Stream, p: MLP, hook: NoHook = NO_HOOK) -> tuple[Stream, MLPCache]:
     """Two linear layers with GELU between them, 4C wide inside: (B, T, C) -> (B, T, C).
 
     Vaswani et al. 2017, 3.3, with GELU for ReLU.
     """
     h, x = linear(x, p.c_fc)  # (B, T, 4C)
-    h, fc = gelu(h)
-    out, h = linear(h, p.c_proj)
-    out, mask = dropout(out, drop)  # (B, T, C)
-    return out, MLPCache(x, fc, h, mask)
+    h, fc = gelu(hook("mlp.fc", h))
+    out, h = linear(hook("mlp.gelu", h), p.c_proj)  # (B, T, C)
+    return hook("mlp.out", out), MLPCache(x, fc, h)
 
 
-def mlp_backward(dout: Stream, cache: MLPCache, p: MLP, d: MLP) -> Stream:
+def mlp_backward(dout: Stream, cache: MLPCache, p: MLP, d: MLP, hook: NoHook = NO_HOOK) -> Stream:
     """The steps of `mlp` in reverse."""
-    x, fc, h, mask = cache
-    dout = dropout_backward(dout, mask)
-    dh = linear_backward(dout, h, p.c_proj, d.c_proj)
-    dh = gelu_backward(dh, fc)
-    return linear_backward(dh, x, p.c_fc, d.c_fc)
+    x, fc, h = cache
+    dh = linear_backward(hook.backward("mlp.out", dout), h, p.c_proj, d.c_proj)
+    dh = gelu_backward(hook.backward("mlp.gelu", dh), fc)
+    return linear_backward(hook.backward("mlp.fc", dh), x, p.c_fc, d.c_fc)
 
 
 def block(
@@ -303,7 +292,7 @@ def block(
     n_head: int,
     positions: Positions,
     past: Past | None = None,
-    drop: Dropout | None = None,
+    hook: NoHook = NO_HOOK,
 ) -> tuple[Stream, BlockCache]:
     """Add attention, then the MLP, to the residual stream: (B, T, C) -> (B, T, C).
 
@@ -311,20 +300,22 @@ def block(
     input of each branch instead of its output (pre-norm; Radford et al. 2019, 2.3).
     """
     h, ln_1 = layer_norm(x, p.ln_1)
-    h, attn = attention(h, p.attn, n_head, positions, past, drop)
+    h, attn = attention(hook("ln_1", h), p.attn, n_head, positions, past, hook)
     x = x + h
     h, ln_2 = layer_norm(x, p.ln_2)
-    h, mlp_ = mlp(h, p.mlp, drop)
+    h, mlp_ = mlp(hook("ln_2", h), p.mlp, hook)
     x = x + h
     return x, BlockCache(ln_1, attn, ln_2, mlp_)
 
 
-def block_backward(dx: Stream, cache: BlockCache, p: Block, d: Block, n_head: int) -> Stream:
+def block_backward(
+    dx: Stream, cache: BlockCache, p: Block, d: Block, n_head: int, hook: NoHook = NO_HOOK
+) -> Stream:
     """The steps of `block` in reverse: a sum passes its gradient on to both of its terms."""
-    dh = mlp_backward(dx, cache.mlp, p.mlp, d.mlp)
-    dx = dx + layer_norm_backward(dh, cache.ln_2, p.ln_2, d.ln_2)
-    dh = attention_backward(dx, cache.attn, p.attn, d.attn, n_head)
-    dx = dx + layer_norm_backward(dh, cache.ln_1, p.ln_1, d.ln_1)
+    dh = mlp_backward(dx, cache.mlp, p.mlp, d.mlp, hook)
+    dx = dx + layer_norm_backward(hook.backward("ln_2", dh), cache.ln_2, p.ln_2, d.ln_2)
+    dh = attention_backward(dx, cache.attn, p.attn, d.attn, n_head, hook)
+    dx = dx + layer_norm_backward(hook.backward("ln_1", dh), cache.ln_1, p.ln_1, d.ln_1)
     return dx
 
 
@@ -336,93 +327,67 @@ def forward(
     params: Params,
     tokens: ArrayLike,
     kv: KVCache | None = None,
-    record: dict[str, ndarray] | None = None,
+    record: Record | None = None,
+    edit: Edit | None = None,
 ) -> Float[ndarray, "*B T V"]:
     """Return the logits of the next token after each token: (T,) -> (T, V), or (B, T) -> (B, T, V).
 
     Row t depends on tokens 0..t only. With kv, a KVCache of batch size B, `tokens` continue those
     of earlier calls, and only they are computed. The logits have the dtype of the parameters.
-    `record`, a dict, receives the activations by name: the residual stream as "embed" and, after
-    block 3, "h3"; within the block "h3.attn.att" and the others of `block_activations`; "ln_f" and
-    "logits". Their shapes begin with B only if that of `tokens` does.
-    Raises ValueError for an id outside the vocabulary or a position beyond n_ctx.
+    `record`, a dict, receives every activation by name: the residual stream as "embed" and, after
+    block 3, "h3"; within the block "h3.attn.att" and the others of `hooks.INNER`; "ln_f" and
+    "logits". `edit`, a dict, replaces activations as they are computed, by an array or by what a
+    function makes of them; "h*.attn.heads.5" means head 5 in all blocks. What both deal in has the
+    shape that is recorded, and begins with B only if that of `tokens` does.
+    Raises ValueError for an id outside the vocabulary, a position beyond n_ctx, or an unknown name.
     """
     batch, is_single = checks.check_tokens(params, tokens, kv), np.ndim(tokens) == 1
-    activations: dict[str, ndarray] = {}
-    x = transformer(params, batch, kv, ignore if record is None else recorder(params, activations))
-    logits = x @ params.wte.T  # tied weights: Press and Wolf 2016, arXiv:1608.05859
-    if record is not None:
-        activations["logits"] = logits.copy()  # the caller may change those returned
-        record |= {name: x[0] if is_single else x for name, x in activations.items()}
+    hook = hooks.make(params.config, is_single, edit, record)
+    x = transformer(params, batch, kv, hook)
+    logits = hook("logits", x @ params.wte.T)  # tied weights: Press and Wolf 2016, arXiv:1608.05859
     return logits[0] if is_single else logits
 
 
-def ignore(name: str, x: Stream, cache: Any) -> Stream:
-    """The hook of a plain forward: caches are dropped as soon as they are there."""
-    return x
+NO_CACHES: Caches = deque(maxlen=0)  # keeps nothing: what a forward does without a backward
 
 
 def transformer(
     params: Params,
     tokens: Tokens,
     kv: KVCache | None = None,
-    hook: Hook = ignore,
-    drop: Dropout | None = None,
+    hook: NoHook = NO_HOOK,
+    caches: Caches = NO_CACHES,
 ) -> Stream:
     """Run everything but the head: tokens (B, T) -> the output of ln_f, (B, T, C).
 
-    After each layer `hook(name, x, cache)` receives the residual stream, and what the backward of
-    the layer needs. The model goes on with what it returns.
+    `caches` receives what the backward of each layer needs.
     """
     blas.tune_malloc()
     start = np.zeros(1, int) if kv is None else kv.length
     positions = start[:, None] + np.arange(tokens.shape[1])  # (B or 1, T)
-    x = hook("embed", *embed(tokens, positions, params, drop))
+
+    def after(name: str, x: Stream, cache: Any) -> Stream:
+        caches.append(cache)
+        return hook(name, x)
+
+    x = after("embed", *embed(tokens, positions, params))
     for i, p in enumerate(params.h):
-        past = None if kv is None else Past(*kv.buffer[i])
-        x = hook(f"h{i}", *block(x, p, params.config.n_head, positions, past, drop))
+        past, inner = None if kv is None else Past(*kv.buffer[i]), hook.within(f"h{i}")
+        x = after(f"h{i}", *block(x, p, params.config.n_head, positions, past, inner))
     if kv is not None:
         kv.length += tokens.shape[1]
-    return hook("ln_f", *layer_norm(x, params.ln_f))
+    return after("ln_f", *layer_norm(x, params.ln_f))
 
 
-def transformer_backward(dx: Stream, caches: Caches, params: Params, d: Params) -> None:
-    """The layers of `transformer` in reverse; each takes its cache out of `caches`."""
-    dx = layer_norm_backward(dx, caches.pop("ln_f"), params.ln_f, d.ln_f)
+def transformer_backward(
+    dx: Stream, caches: Caches, params: Params, d: Params, hook: NoHook = NO_HOOK
+) -> None:
+    """The layers of `transformer` in reverse; each takes its cache off the end of `caches`."""
+    dx = layer_norm_backward(hook.backward("ln_f", dx), caches.pop(), params.ln_f, d.ln_f)
     for i in reversed(range(params.config.n_layer)):
-        dx = block_backward(dx, caches.pop(f"h{i}"), params.h[i], d.h[i], params.config.n_head)
-    embed_backward(dx, caches.pop("embed"), d)
-
-
-def recorder(params: Params, record: dict[str, ndarray]) -> Hook:
-    """Return a hook that puts every activation into `record`, by name."""
-
-    def hook(name: str, x: Stream, cache: Any) -> Stream:
-        if isinstance(cache, BlockCache):
-            inner = block_activations(cache, params.h[int(name[1:])])
-            record.update({f"{name}.{key}": array for key, array in inner.items()})
-        record[name] = x
-        return x
-
-    return hook
-
-
-def block_activations(cache: BlockCache, p: Block) -> dict[str, ndarray]:
-    """Return the activations of a block by name; each is (B, T, C) unless noted."""
-    attn, mlp = cache.attn, cache.mlp
-    return {
-        "ln_1": attn.x,
-        "attn.q": attn.q,  # (B, H, T, D)
-        "attn.k": attn.k.copy(),  # (B, H, S, D); a view of the KV cache changes later
-        "attn.v": attn.v.copy(),  # (B, H, S, D)
-        "attn.att": tiles.join(attn.att, attn.k.shape[2]),  # (B, H, T, S): who looks at whom
-        "attn.heads": attn.heads,  # the outputs of the heads side by side
-        "attn.out": linear(attn.heads, p.attn.c_proj)[0],  # added to the residual stream
-        "ln_2": mlp.x,
-        "mlp.fc": mlp.fc.x,  # (B, T, 4C)
-        "mlp.gelu": mlp.gelu,  # (B, T, 4C)
-        "mlp.out": linear(mlp.gelu, p.mlp.c_proj)[0],  # added to the residual stream
-    }
+        dx, p, inner = hook.backward(f"h{i}", dx), params.h[i], hook.within(f"h{i}")
+        dx = block_backward(dx, caches.pop(), p, d.h[i], params.config.n_head, inner)
+    embed_backward(hook.backward("embed", dx), caches.pop(), d)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -505,6 +470,9 @@ def loss_and_grads(
     grads: Params | None = None,
     n_counted: float | None = None,
     drop: Dropout | None = None,
+    record: Record | None = None,
+    record_grads: Record | None = None,
+    edit: Edit | None = None,
 ) -> tuple[float, Params]:
     """Return the mean cross-entropy in nats a token, and its gradient, a Params like `params`.
 
@@ -512,21 +480,44 @@ def loss_and_grads(
     is added to it, so that several batches accumulate. With `n_counted`, the sum of the losses is
     divided by that, not by the number of targets that count here: so the parts of a batch add up.
     With `drop`, values are dropped where GPT-2 does: embeddings, attention weights, branches.
+    `record` and `edit` are those of `forward`, without "logits"; `record_grads`, a dict, receives
+    the gradient with respect to each activation, by the same names. An edit by an array or a
+    function counts as a constant, unless it has a method `backward`, as `hooks.Add` has.
     Raises ValueError as `forward` does, or for targets of another shape, outside the vocabulary,
     or, without n_counted, all -1.
     """
-    tokens, targets, n_counted = checks.check_targets(params, tokens, targets, n_counted)
+    batch, targets, n_counted = checks.check_targets(params, tokens, targets, n_counted)
+    is_single = np.ndim(tokens) == 1
+    hook = hooks.make(params.config, is_single, edit, record, record_grads, drop, logits=False)
     grads = params.zeros_like() if grads is None else grads
-    caches: Caches = {}
-
-    def keep(name: str, x: Stream, cache: Any) -> Stream:
-        caches[name] = cache
-        return x
-
-    x = transformer(params, tokens, hook=keep, drop=drop)
+    caches: Caches = deque()
+    x = transformer(params, batch, None, hook, caches)
     losses, dx = lm_head_loss(as_rows(x), params.wte, targets, grads.wte, n_counted)
-    transformer_backward(dx.reshape(x.shape), caches, params, grads)  # type: ignore
+    transformer_backward(dx.reshape(x.shape), caches, params, grads, hook)  # type: ignore
     return float(losses.sum(dtype=np.float64) / n_counted), grads
+
+
+def gradient(
+    params: Params,
+    tokens: ArrayLike,
+    dlogits: Float[ndarray, "*B T V"],
+    grads: Params | None = None,
+    record_grads: Record | None = None,
+    edit: Edit | None = None,
+) -> Params:
+    """Return the gradient of any scalar, given its gradient `dlogits` by the logits of `forward`.
+
+    The other parameters are those of `loss_and_grads`.
+    """
+    batch, is_single = checks.check_tokens(params, tokens, None), np.ndim(tokens) == 1
+    dout = checks.check_dlogits(params, tokens, dlogits)
+    hook = hooks.make(params.config, is_single, edit, None, record_grads, logits=False)
+    grads = params.zeros_like() if grads is None else grads
+    caches: Caches = deque()
+    x = transformer(params, batch, None, hook, caches)
+    accumulate_matmul(grads.wte, dout.T, as_rows(x))
+    transformer_backward((dout @ params.wte).reshape(x.shape), caches, params, grads, hook)
+    return grads
 
 
 # ----------------------------------------------------------------------------------------------
@@ -657,6 +648,7 @@ def generate(
     repetition_penalty: SupportsFloat = 1.0,
     eot: int | Literal["last"] | None = "last",
     n_vocab: int | None = None,
+    edit: Edit | None = None,
 ) -> Iterator[int] | Iterator[list[int]]:
     """Return an iterator over the ids that follow `tokens`, n_tokens at most.
 
@@ -668,14 +660,16 @@ def generate(
 
     `eot` is the end-of-text id, by default the last of the vocabulary, as in GPT-2; None if there
     is none. `n_vocab` leaves out the ids from there on, which a tokenizer may lack. See
-    `next_token_probs` and `apply_repetition_penalty` for the sampling parameters.
+    `next_token_probs` and `apply_repetition_penalty` for the sampling parameters. `edit` is that of
+    `forward`: its functions see the prompt first, (1, T, C), then the newest tokens, (B, 1, C).
     Raises ValueError for a prompt longer than n_ctx, ids outside the vocabulary, or a sampling
     parameter out of range.
     """
     sampling = checks.check_sampling(temperature, top_k, top_p, seed, repetition_penalty)
     n_vocab, eot = checks.check_vocabulary(params, n_vocab, eot)
     prompts, is_single = checks.check_prompts(params, tokens, n_tokens, eot)
-    steps = (ids for ids, _ in decode(params, prompts, n_tokens, *sampling, eot, n_vocab))
+    hook = hooks.make(params.config, False, edit)
+    steps = (ids for ids, _ in decode(params, prompts, n_tokens, *sampling, eot, n_vocab, hook))
     going = itertools.takewhile(lambda ids: any(id != eot for id in ids), steps)
     return (ids[0] for ids in going) if is_single else going
 
@@ -691,6 +685,7 @@ def decode(
     repetition_penalty: SupportsFloat = 1.0,
     eot: int | None = None,
     n_vocab: int | None = None,
+    hook: NoHook = NO_HOOK,
 ) -> Iterator[tuple[list[int], list[Logits]]]:
     """Yield, for each new token, an id for each prompt, and the logits that each was drawn from.
 
@@ -701,7 +696,7 @@ def decode(
     rngs = [np.random.default_rng(None if seed is None else seed + b) for b in range(len(texts))]
     kv = KVCache(params.config, len(texts), params.flat.dtype)
     for n in range(n_tokens):
-        logits = decode_step(params, texts, kv) if n else prefill(params, texts, kv)  # (B, V)
+        logits = (decode_step if n else prefill)(params, texts, kv, hook)  # (B, V)
         allowed, ids = [], []
         for text, row, rng in zip(texts, logits, rngs, strict=True):
             row = apply_repetition_penalty(row, text, repetition_penalty)[:n_vocab]
@@ -714,7 +709,9 @@ def decode(
             return
 
 
-def prefill(params: Params, prompts: list[list[int]], kv: KVCache) -> Float[ndarray, "B V"]:
+def prefill(
+    params: Params, prompts: list[list[int]], kv: KVCache, hook: NoHook = NO_HOOK
+) -> Float[ndarray, "B V"]:
     """Read each prompt into its row of the cache; return the logits (B, V) after its last token.
 
     A prompt that occurs again is read once.
@@ -724,14 +721,16 @@ def prefill(params: Params, prompts: list[list[int]], kv: KVCache) -> Float[ndar
     for b, prompt in enumerate(prompts):
         a = first.setdefault(tuple(prompt), b)
         if a == b:
-            logits.append(next_token_logits(params, np.array([prompt]), kv.row(b))[0])
+            logits.append(next_token_logits(params, np.array([prompt]), kv.row(b), hook)[0])
         else:
             kv.copy_row(a, b)
             logits.append(logits[a])
     return np.stack(logits)
 
 
-def decode_step(params: Params, texts: list[list[int]], kv: KVCache) -> Float[ndarray, "B V"]:
+def decode_step(
+    params: Params, texts: list[list[int]], kv: KVCache, hook: NoHook = NO_HOOK
+) -> Float[ndarray, "B V"]:
     """Read the newest token of each row; return the logits (B, V) after it.
 
     A full row is first read anew from the last n_ctx / 2 of its tokens.
@@ -740,13 +739,16 @@ def decode_step(params: Params, texts: list[list[int]], kv: KVCache) -> Float[nd
         kv.length[b] = 0
         recent = texts[b][-max(params.config.n_ctx // 2, 1) : -1]
         if recent:
-            transformer(params, np.array([recent]), kv.row(b))
-    return next_token_logits(params, np.array([text[-1:] for text in texts]), kv)
+            transformer(params, np.array([recent]), kv.row(b), hook)
+    return next_token_logits(params, np.array([text[-1:] for text in texts]), kv, hook)
 
 
-def next_token_logits(params: Params, tokens: Tokens, kv: KVCache) -> Float[ndarray, "B V"]:
+def next_token_logits(
+    params: Params, tokens: Tokens, kv: KVCache, hook: NoHook = NO_HOOK
+) -> Float[ndarray, "B V"]:
     """Return the logits (B, V) after the last of tokens (B, T) only: a prompt needs no others."""
-    return matmul(transformer(params, tokens, kv)[:, -1], params.wte.T)
+    x = transformer(params, tokens, kv, hook)[:, -1]
+    return hook("logits", matmul(x, params.wte.T)[:, None])[:, 0]
 
 
 def load(name: str | Path = "124M", models_dir: str | Path = hub.MODELS_DIR) -> Params:

@@ -14,7 +14,7 @@ from gpt2_support.params import Config, whole_number
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     from typing import Any, Protocol, SupportsFloat, SupportsIndex, runtime_checkable
 
-    from jaxtyping import Integer
+    from jaxtyping import Float, Integer
     from numpy import ndarray
     from numpy.typing import ArrayLike
 
@@ -106,6 +106,14 @@ def check_targets(
     if not n_counted:
         raise ValueError("every target is -1: there is no loss to take the mean of")
     return tokens, targets.ravel(), n_counted
+
+
+def check_dlogits(params: Params, tokens: ArrayLike, dlogits: ArrayLike) -> Float[ndarray, "N V"]:
+    """Return dlogits as rows; raises ValueError unless it has the shape of the logits."""
+    array, shape = np.asarray(dlogits), (*np.shape(tokens), params.config.n_vocab)
+    if array.shape != shape or array.dtype.kind not in "fiu":
+        raise ValueError(f"dlogits of shape {array.shape}, the logits have {shape}")
+    return array.astype(params.flat.dtype, copy=False).reshape(-1, shape[-1])
 
 
 def check_prompts(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from gpt2_support import blas
+from gpt2_support.hooks import NO_HOOK, NoHook
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     from collections.abc import Callable
@@ -25,27 +26,32 @@ QUERIES = 128  # queries of a tile
 
 
 class Tile(NamedTuple):
-    """The attention weights of some heads and a block of queries: att (B, heads, queries, keys).
+    """The attention weights of some heads and a block of queries, (B, heads, queries, keys).
 
-    With dropout also their part of its mask.
+    `att` are those of the softmax, and those that the model goes on with.
     """
 
     heads: slice
     queries: slice
-    att: Float[ndarray, "B h t s"]
-    mask: Float[ndarray, "B h t s"] | None
+    att: tuple[Float[ndarray, "B h t s"], Float[ndarray, "B h t s"]]
 
 
 def apply(
-    attention: Callable[..., tuple[ndarray, ndarray]],
+    attention: Callable[..., tuple[ndarray, tuple[ndarray, ndarray]]],
     q: Queries,
     k: Keys,
     v: Keys,
     positions: Integer[ndarray, "#B T"],
-    mask: Float[ndarray, "B H T S"] | None = None,
+    hook: NoHook = NO_HOOK,
 ) -> tuple[Queries, list[Tile]]:
-    """Return out (B, H, T, D) of attention(q, k, v, positions, mask) -> out, att, and its tiles."""
+    """Return out (B, H, T, D) of attention(q, k, v, positions, hook) -> out, att, and its tiles.
+
+    A hook that changes the weights receives them whole, in one tile.
+    """
     B, H, T, D = q.shape
+    if hook.is_whole("attn.att"):
+        out, att = attention(q, k, v, positions, hook)
+        return out, [Tile(slice(0, H), slice(0, T), att)]
     out = np.empty((B, T, H, D), q.dtype).swapaxes(1, 2)  # in this order merging heads is free
     tiles = []
 
@@ -53,12 +59,13 @@ def apply(
         for start in range(0, T, QUERIES):
             queries = slice(start, start + QUERIES)
             S = positions[:, queries].max() + 1
-            part = None if mask is None else mask[:, heads, queries, :S]
             q_, k_, v_ = q[:, heads, queries], k[:, heads, :S], v[:, heads, :S]
-            out[:, heads, queries], att = attention(q_, k_, v_, positions[:, queries], part)
-            tiles.append(Tile(heads, queries, att, part))
+            out[:, heads, queries], att = attention(q_, k_, v_, positions[:, queries])
+            tiles.append(Tile(heads, queries, att))
 
     blas.parallel_for(apply_to_heads, H, work=q.size * k.shape[2])
+    if hook.is_recording:
+        hook("attn.att", join(tiles, k.shape[2]))
     return out, tiles
 
 
@@ -69,17 +76,20 @@ def apply_backward(
     k: Keys,
     v: Keys,
     tiles: list[Tile],
+    hook: NoHook = NO_HOOK,
 ) -> tuple[Queries, Keys, Keys]:
-    """Return dq, dk, dv of attention_backward(dout, (q, k, v, att), mask) -> dq, dk, dv."""
+    """Return dq, dk, dv of attention_backward(dout, (q, k, v, att), hook) -> dq, dk, dv."""
+    if hook.is_whole("attn.att"):
+        return attention_backward(dout, (q, k, v, tiles[0].att), hook)
     dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
     starts = sorted({tile.heads.start for tile in tiles})
 
     def apply_to_group(part: slice) -> None:
         group = [tile for tile in tiles if tile.heads.start in starts[part]]
-        for heads, queries, att, mask in group:
-            S = att.shape[-1]
+        for heads, queries, att in group:
+            S = att[0].shape[-1]
             cache = q[:, heads, queries], k[:, heads, :S], v[:, heads, :S], att
-            dq_, dk_, dv_ = attention_backward(dout[:, heads, queries], cache, mask)
+            dq_, dk_, dv_ = attention_backward(dout[:, heads, queries], cache)
             dq[:, heads, queries] = dq_
             dk[:, heads, :S] += dk_
             dv[:, heads, :S] += dv_
@@ -90,10 +100,10 @@ def apply_backward(
 
 def join(tiles: list[Tile], n_keys: int) -> Float[ndarray, "B H T S"]:
     """Return the attention weights of all tiles as one array, with 0 for masked keys."""
-    B, _, _, _ = tiles[0].att.shape
+    first = tiles[0].att[1]
     H = max(tile.heads.stop for tile in tiles)
-    T = max(tile.queries.start + tile.att.shape[2] for tile in tiles)
-    joined = np.zeros((B, H, T, n_keys), tiles[0].att.dtype)
-    for heads, queries, att, _ in tiles:
+    T = max(tile.queries.start + tile.att[1].shape[2] for tile in tiles)
+    joined = np.zeros((len(first), H, T, n_keys), first.dtype)
+    for heads, queries, (_, att) in tiles:
         joined[:, heads, queries, : att.shape[-1]] = att
     return joined

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import threading
+from collections import deque
 from decimal import Decimal
 from fractions import Fraction
 
@@ -23,7 +24,7 @@ from scripted import script_model
 
 import encoder
 import gpt2
-from gpt2_support import blas, hub, tiles
+from gpt2_support import blas, hooks, hub, tiles
 from gpt2_support.formats import llmc
 from gpt2_support.masks import Dropout
 from gpt2_support.params import Config, LayerNorm, Params, n_params
@@ -232,17 +233,23 @@ def test_few_rows_are_taken_apart_only_for_kernels_that_are_made_for_it(monkeypa
 
 
 def dropping(p):
-    """A Dropout that draws the same masks each time it is made, None for p = 0."""
-    return Dropout(p, seed=7) if p else None
+    """A hook that drops the same values each time it is made; none for p = 0."""
+    return hooks.make(MINI, False, None, None, None, Dropout(p, seed=7) if p else None)
 
 
 @pytest.mark.parametrize("p_drop", [0.0, 0.4])
 def test_attention_gradient_is_numeric(p_drop):
     params = random_params(MINI)
     p, positions = params.h[0].attn, np.arange(3)[None]
+
+    def forward(x):
+        hook = dropping(p_drop)
+        out, cache = gpt2.attention(x, p, 2, positions, None, hook)
+        return out, (cache, hook)
+
     check_backward(
-        lambda x: gpt2.attention(x, p, 2, positions, None, dropping(p_drop)),
-        lambda dout, cache, d: gpt2.attention_backward(dout, cache, p, d.h[0].attn, 2),
+        forward,
+        lambda dout, cache, d: gpt2.attention_backward(dout, cache[0], p, d.h[0].attn, 2, cache[1]),
         (normal(2, 3, 4),),
         params,
         "model/h0/attn/",
@@ -253,9 +260,15 @@ def test_attention_gradient_is_numeric(p_drop):
 def test_mlp_gradient_is_numeric(p_drop):
     params = random_params(MINI)
     p = params.h[1].mlp
+
+    def forward(x):
+        hook = dropping(p_drop)
+        out, cache = gpt2.mlp(x, p, hook)
+        return out, (cache, hook)
+
     check_backward(
-        lambda x: gpt2.mlp(x, p, dropping(p_drop)),
-        lambda dout, cache, d: gpt2.mlp_backward(dout, cache, p, d.h[1].mlp),
+        forward,
+        lambda dout, cache, d: gpt2.mlp_backward(dout, cache[0], p, d.h[1].mlp, cache[1]),
         (normal(2, 3, 4),),
         params,
         "model/h1/mlp/",
@@ -316,40 +329,19 @@ def test_head_without_gradients_or_targets_gives_none_or_zeros():
     assert not dx.any()
 
 
-def keep_in(caches):
-    """A hook for gpt2.transformer that keeps what the backward needs."""
-
-    def hook(name, x, cache):
-        caches[name] = cache
-        return x
-
-    return hook
-
-
-def test_hook_replaces_what_the_layers_above_see():
-    params, tokens = random_params(), random_tokens(2, 5)
-
-    def hook(name, x, cache):
-        return np.zeros_like(x) if name == "h0" else x
-
-    x = gpt2.transformer(params, tokens, hook=hook)
-    assert not np.allclose(x, gpt2.transformer(params, tokens))
-    np.testing.assert_array_equal(x[0], x[1])  # nothing of the tokens is left
-
-
 @pytest.mark.parametrize("p_drop", [0.0, 0.4])
 def test_transformer_gradient_is_numeric(p_drop):  # of one layer; the loss, below, is that of two
     config = dataclasses.replace(MINI, n_layer=1)
     params, tokens = random_params(config), np.array([[3, 3, 0, 6, 1], [6, 3, 0, 3, 3]])
 
     def forward():
-        caches = {}
-        x = gpt2.transformer(params, tokens, hook=keep_in(caches), drop=dropping(p_drop))
-        return x, caches
+        caches, hook = deque(), dropping(p_drop)
+        x = gpt2.transformer(params, tokens, None, hook, caches)
+        return x, (caches, hook)
 
     check_backward(
         forward,
-        lambda dout, caches, d: gpt2.transformer_backward(dout, caches, params, d),
+        lambda dout, cache, d: gpt2.transformer_backward(dout, cache[0], params, d, cache[1]),
         (),
         params,
         "model/",
@@ -358,10 +350,10 @@ def test_transformer_gradient_is_numeric(p_drop):  # of one layer; the loss, bel
 
 def test_dropout_keeps_the_mean_and_drops_where_gpt2_does():
     x = np.ones((200, 300), np.float32)
-    out, mask = gpt2.dropout(x, Dropout(0.1, 0))
-    assert set(np.unique(mask)) == {0, np.float32(1 / 0.9)} and out.dtype == np.float32
+    out = hooks.Hooks(CONFIG, drop=Dropout(0.1, 0))("embed", x)
+    assert set(np.unique(out)) == {0, np.float32(1 / 0.9)} and out.dtype == np.float32
     assert (out == 0).mean() == pytest.approx(0.1, abs=0.01)
-    assert gpt2.dropout(x, None)[0] is x
+    assert hooks.make(CONFIG, False, None) is hooks.NO_HOOK
     params, masks = random_params(), []
 
     class Spy(Dropout):
@@ -684,9 +676,9 @@ def test_dtype_of_the_parameters_is_that_of_every_result(dtype):
     assert gpt2.forward(params, tokens).dtype == dtype
     assert gpt2.forward(params, tokens, kv).dtype == kv.buffer.dtype == dtype
     assert gpt2.forward(params, tokens[:, :1], kv).dtype == dtype
-    caches = {}
-    gpt2.transformer(params, tokens, hook=keep_in(caches))
-    floats = [array for array in arrays_in(tuple(caches.values())) if array.dtype.kind == "f"]
+    caches = deque()
+    gpt2.transformer(params, tokens, caches=caches)
+    floats = [array for array in arrays_in(tuple(caches)) if array.dtype.kind == "f"]
     assert len(floats) > 20
     assert {array.dtype for array in floats} == {np.dtype(dtype)}
     loss, grads = gpt2.loss_and_grads(params, tokens, tokens)
