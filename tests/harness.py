@@ -52,11 +52,12 @@ class TimedLM(HFLM):
     """The harness's model, which tells how long it took to tokenize and score."""
 
     def loglikelihood(self, *args, **kwargs):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         try:
             return super().loglikelihood(*args, **kwargs)
         finally:
             self.seconds = time.perf_counter() - start
+            self.cpu_seconds = time.process_time() - cpu_start
 
 
 def run_harness(model, tokenizer, lambada, hellaswag):
@@ -72,6 +73,7 @@ def run_harness(model, tokenizer, lambada, hellaswag):
             "figures": {key: x for key, x in done["results"][name].items() if "," in key},
             "scores": [[list(r) for r in sample["filtered_resps"]] for sample in samples],
             "seconds": lm.seconds,
+            "cpu_seconds": lm.cpu_seconds,
         }
     return out
 
