@@ -125,7 +125,7 @@ def linear(x: AnyRows, p: Linear) -> tuple[Float[ndarray, "*N O"], AnyRows]:
 def linear_backward(dout: Float[ndarray, "*N O"], x: AnyRows, p: Linear, d: Linear) -> AnyRows:
     """dx = dout w;  dw = dout^T x;  db = the sum of dout over all rows."""
     d.b += as_rows(dout).sum(0)
-    d.w += as_rows(dout).T @ as_rows(x)
+    accumulate_matmul(d.w, as_rows(dout).T, as_rows(x))
     return (as_rows(dout) @ p.w).reshape(x.shape)
 
 

@@ -75,11 +75,11 @@ def tune_malloc() -> None:
 
 @functools.cache
 def openblas(function: str) -> Any:
-    """Return a function of NumPy's OpenBLAS, such as "get_num_threads"; None for another BLAS."""
+    """Return a function of NumPy's OpenBLAS, such as "cblas_sgemm"; None for another BLAS."""
     numpy = Path(np.__file__).parent
     for path in [*numpy.parent.glob("numpy.libs/*openblas*"), *numpy.glob(".dylibs/*openblas*")]:
         library = ctypes.CDLL(str(path))
-        for name in (f"scipy_openblas_{function}64_", f"openblas_{function}64_"):
+        for name in (f"scipy_{function}64_", f"{function}64_"):
             if hasattr(library, name):
                 return getattr(library, name)
     return None
@@ -87,13 +87,13 @@ def openblas(function: str) -> Any:
 
 def get_threads() -> int:
     """Return how many threads a matrix product uses now; 1 if NumPy's BLAS does not tell."""
-    get = openblas("get_num_threads")
+    get = openblas("openblas_get_num_threads")
     return get() if get else 1
 
 
 def set_threads(n: int) -> None:
     """Give matrix products n threads, where NumPy's BLAS is OpenBLAS."""
-    set_num_threads = openblas("set_num_threads")
+    set_num_threads = openblas("openblas_set_num_threads")
     if set_num_threads:
         set_num_threads(n)
 
@@ -131,7 +131,7 @@ def one_thread() -> contextlib.AbstractContextManager[None]:
 
 def kernels() -> str:
     """Return the name of the kernels that NumPy's OpenBLAS uses on this CPU, such as "Zen"."""
-    corename = openblas("get_corename")
+    corename = openblas("openblas_get_corename")
     if corename is None:
         return "unknown"
     corename.restype = ctypes.c_char_p
@@ -208,15 +208,45 @@ def matmul(a: Float[ndarray, "N I"], b: Float[ndarray, "I O"]) -> Float[ndarray,
 
 
 ACCUMULATED_ROWS = 4096
+WORTH_GEMM = 1 << 17  # values: for fewer NumPy's own call is as fast
 
 
 def accumulate_matmul(
     out: Float[ndarray, "M O"], a: Float[ndarray, "M N"], b: Float[ndarray, "N O"]
 ) -> None:
-    """out += a @ b, in blocks of rows, so that no temporary is as large as `out`."""
-    for start in range(0, len(out), ACCUMULATED_ROWS):
-        rows = slice(start, start + ACCUMULATED_ROWS)
-        out[rows] += a[rows] @ b
+    """out += a @ b, without a temporary as large as `out`: by BLAS itself, or in blocks of rows."""
+    if out.size < WORTH_GEMM:
+        out += a @ b
+    elif not gemm(out, a, b):
+        for start in range(0, len(out), ACCUMULATED_ROWS):
+            rows = slice(start, start + ACCUMULATED_ROWS)
+            out[rows] += a[rows] @ b
+
+
+GEMMS = {"f": ("cblas_sgemm", ctypes.c_float), "d": ("cblas_dgemm", ctypes.c_double)}
+
+
+def gemm(out: Float[ndarray, "M O"], a: Float[ndarray, "M N"], b: Float[ndarray, "N O"]) -> bool:
+    """Let OpenBLAS do out += a @ b, which NumPy cannot ask for; return False if it cannot.
+
+    As in the gradient of a weight, `a` is the transpose of a contiguous matrix.
+    """
+    n_rows, n_columns, n = *out.shape, len(b)
+    name, real = GEMMS.get(out.dtype.char, ("", float))
+    is_plain = out.flags.carray and a.T.flags.c_contiguous and b.flags.c_contiguous
+    function = openblas(name) if is_plain and out.dtype == a.dtype == b.dtype else None
+    if function is None:
+        return False
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    row_major, transposed, plain = 101, 112, 111  # from cblas.h
+    function.restype = None
+    function(
+        *(row_major, transposed, plain, integer(n_rows), integer(n_columns), integer(n)),
+        *(real(1), pointer(a.ctypes.data), integer(n_rows)),
+        *(pointer(b.ctypes.data), integer(n_columns)),
+        *(real(1), pointer(out.ctypes.data), integer(n_columns)),
+    )
+    return True
 
 
 def sum_last(x: Float[ndarray, "*N C"], *factors: Float[ndarray, "*N C"]) -> Float[ndarray, "*N 1"]:

@@ -19,9 +19,9 @@ def test_blas_threads_are_as_many_afterwards_as_before():
     for config, n in ((TINY, 1), (wide, 1), (wide, 2)):
         with data_parallel.blas_threads(config, n):
             during.append(blas.get_threads())
-        assert blas.get_threads() == (2 if blas.openblas("get_num_threads") else 1)
+        assert blas.get_threads() == (2 if blas.openblas("openblas_get_num_threads") else 1)
     blas.set_threads(before)
-    assert during == [1, 2, 1] or not blas.openblas("get_num_threads")
+    assert during == [1, 2, 1] or not blas.openblas("openblas_get_num_threads")
 
 
 def test_parallel_shares_the_elementwise_work_on_large_buffers(monkeypatch):
