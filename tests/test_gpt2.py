@@ -1077,13 +1077,16 @@ def test_bundled_model_knows_stories_from_noise():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_gelu_is_the_tanh_form_and_cannot_overflow(dtype):
-    x = np.concatenate([np.linspace(-12, 12, 2001), [-1e9, -400, 400, 1e9]])
-    tanh = np.tanh(gpt2.GELU_SCALE * (x + 0.044715 * x**3))
-    slope = gpt2.GELU_SCALE * (1 + 3 * 0.044715 * x**2)
+    x = np.linspace(-12, 12, 2001)
+    u = gpt2.GELU_SCALE * (x + 0.044715 * x**3)
+    du = gpt2.GELU_SCALE * (1 + 3 * 0.044715 * x**2)
     out, cache = gpt2.gelu(x.astype(dtype))
     dx = gpt2.gelu_backward(np.ones_like(out), cache)
-    eps = 16 * np.finfo(dtype).eps
-    np.testing.assert_allclose(out, 0.5 * x * (1 + tanh), rtol=eps, atol=eps)
-    expected = 0.5 * (1 + tanh + x * (1 - tanh * tanh) * slope)
-    np.testing.assert_allclose(dx, expected, rtol=eps, atol=eps)
+    eps = np.finfo(dtype).eps
+    np.testing.assert_allclose(out, 0.5 * x * (1 + np.tanh(u)), rtol=0, atol=16 * eps)
+    expected = 0.5 * (1 + np.tanh(u) + x * du / np.cosh(u) ** 2)
+    np.testing.assert_allclose(dx, expected, rtol=0, atol=64 * eps)
     assert out.dtype == dx.dtype == dtype
+    out, cache = gpt2.gelu(np.array([-1e9, -400, 400, 1e9], dtype))
+    assert out.tolist() == [0, 0, 400, 1e9]
+    assert gpt2.gelu_backward(np.ones_like(out), cache).tolist() == [0, 0, 1, 1]
