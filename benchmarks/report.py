@@ -133,6 +133,39 @@ def make_report(record):
     return "\n".join(lines) + "\n\n" + make_table(record)
 
 
+MACHINE = ("CPU", "cores", "memory", "BLAS kernels", "NumPy", "BLAS", "torch", "transformers",
+           "ctranslate2", "load before", "repeats", "minutes")  # fmt: skip
+
+
+def compare_machines(records):
+    """Return the Markdown of several runs {name: record}, a column each: machines, then figures."""
+    head = "| | " + " | ".join(records) + " |\n|---" + "|---" * len(records) + "|"
+    facts = [record["machine"] | record["settings"] for record in records.values()]
+    machines = [line(name, [str(each.get(name, "")) for each in facts]) for name in MACHINE]
+    columns = [machine_cells(record) for record in records.values()]
+    titles = dict.fromkeys(title for column in columns for title in column)
+    works = [line(title, [column.get(title, "") for column in columns]) for title in titles]
+    return "\n".join([head, *machines]) + "\n\n" + "\n".join([head, *works])
+
+
+def line(name, cells):
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def machine_cells(record):
+    """Return {title: our median, the fraction of the limit, how many times better than whom}."""
+    cells = {}
+    for row in make_rows(record):
+        if not row["values"]:
+            continue
+        if row["who"] == "ours":
+            limit = f", {row['limit']:.0%}" if row["limit"] and row["letter"] != "limit" else ""
+            cells[row["title"]] = f"{significant(row['median'])} {row['unit']}{limit}"
+        elif row["who"] != "naive" and row["ratio"] and row["title"] in cells:
+            cells[row["title"]] += f"; {row['ratio']:.2f} x {record['labels'][row['who']]}"
+    return cells
+
+
 def plot(record, path):
     """Draw how many times better ours is than each peer, to a PNG."""
     import matplotlib

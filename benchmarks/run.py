@@ -271,7 +271,8 @@ def parse_args(argv=None):
     add("--peer_python", type=Path, help="an interpreter that has peers which this one lacks")
     add("--json", type=Path, help="file for all that was measured")
     add("--plot", type=Path, help="file for a bar chart (PNG)")
-    add("--from_json", type=Path, help="measure nothing: table and plot of such a file")
+    add("--from_json", type=Path, nargs="+", metavar="FILE", help="measure nothing: table and plot "
+        "of such a file; of several, a table with a column for each")  # fmt: skip
     add("--sizes", choices=["full", "tiny"], default="full", help="tiny is to test the suite")
     args = parser.parse_args(argv)
     args.repeats = (1 if args.quick else 5) if args.repeats is None else args.repeats
@@ -287,6 +288,8 @@ def parse_args(argv=None):
 
 def check_outputs(parser, args):
     """Exit with status 2 if a file that is asked for could not be made."""
+    if args.from_json and len(args.from_json) > 1 and (args.json or args.plot):
+        parser.error(f"argument --from_json: {len(args.from_json)} files make a table only")
     for name in ("json", "plot"):
         path = getattr(args, name)
         if path and not path.absolute().parent.is_dir():
@@ -349,7 +352,11 @@ def main():
     if args.list:
         print("\n".join(f"{item.letter:5} {item.name:16} {item.title}" for item in args.chosen))
         return
-    record = read_record(args.from_json) if args.from_json else run(args)
+    if args.from_json and len(args.from_json) > 1:
+        records = {path.stem: read_record(path) for path in args.from_json}
+        print(report.compare_machines(records))
+        return
+    record = read_record(args.from_json[0]) if args.from_json else run(args)
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(report.make_report(record))

@@ -371,6 +371,11 @@ def test_command_writes_json_that_gives_the_same_table(run, tmp_path):
     assert re.search(r"\| d \| prefill of 32 in `generate` \| ours \| [\d.]+ s \|", first.stdout)
     again = run("benchmarks/run.py", "--from_json", path)
     assert again.stdout == first.stdout
+    other = tmp_path / "other.json"
+    other.write_bytes(path.read_bytes())
+    both = run("benchmarks/run.py", "--from_json", path, other)
+    assert "| | result | other |" in both.stdout
+    assert re.search(r"\| prefill of 32 in `generate` \| ([\d.]+ s[^|]*) \| \1 \|", both.stdout)
 
 
 @pytest.mark.parametrize(
@@ -383,6 +388,7 @@ def test_command_writes_json_that_gives_the_same_table(run, tmp_path):
         (["--seconds", "nan"], "nan is not 0 or more"),
         (["--sizes", "huge"], "invalid choice"),
         (["--json", "nowhere/result.json"], "nowhere: no such folder"),
+        (["--from_json", "a.json", "b.json", "--json", "c.json"], "2 files make a table only"),
     ],
 )
 def test_bad_flag_is_refused(capsys, flags, words):
@@ -432,3 +438,10 @@ def test_threads_that_are_tried_fit_the_cores_and_the_batch(monkeypatch):
         state = SimpleNamespace(params=params, config=ours.settings(job, params.config))
         assert ours.choose_workers(job, state, None).n_threads == state.config.threads == counts[-1]
         assert tried.pop() == counts
+
+
+def test_results_that_are_kept_make_a_table():
+    paths = sorted((suite.HERE / "results").glob("*.json"))
+    table = report.compare_machines({path.stem: suite.read_record(path) for path in paths})
+    assert "| BLAS kernels | " in table
+    assert re.search(r"\| decode, 40 tokens after 10 \| [\d.]+ tokens/s, \d+%; ", table)
