@@ -156,7 +156,7 @@ def sum_losses(
     return math.fsum(nats), math.fsum(squares)  # exact, so in any order
 
 
-def token_losses(losses: Losses, windows: Windows) -> Float[ndarray, " N-1"]:
+def token_losses(losses: Losses, windows: Windows) -> Float[ndarray, " N"]:
     """Return losses(batch) of all batches: those of the tokens after the first, in their order."""
 
     def of_batch(i: int) -> tuple[ndarray, int]:

@@ -133,7 +133,7 @@ def run_evaluation(gpt2: Any, encoder: Any, argv: Sequence[str] | None = None) -
         result, text = measure_text(gpt2, params, enc, tokens, args)
     else:
         result, text = score_text(gpt2, params, enc, args)
-    write(json.dumps({"model": name, **result}, indent=1, allow_nan=False) if args.json else text)
+    write(json.dumps(finite({"model": name, **result}), indent=1) if args.json else text)
 
 
 def model_name(name: str | None, path: Path) -> str:
@@ -180,14 +180,18 @@ def totals(result: evaluation.Evaluation) -> dict[str, Any]:
     """Return the figures of an evaluation for JSON."""
     return {
         **{"n_tokens": result.n_tokens, "n_bytes": result.n_bytes},
-        **{"nats_per_token": result.loss, "stderr": finite(result.standard_error)},
+        **{"nats_per_token": result.loss, "stderr": result.standard_error},
         **{"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte},
     }
 
 
-def finite(x: float) -> float | None:
-    """Return a number for JSON, which has no NaN."""
-    return x if math.isfinite(x) else None
+def finite(x: Any) -> Any:
+    """Return a value for JSON, which has no NaN and no infinity: they become null."""
+    if isinstance(x, dict):
+        return {key: finite(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def score_text(
@@ -234,7 +238,7 @@ def measure_task(
     rows = []
     for figure in figures:
         other, source = tasks.published(task, figure.name, model)
-        rows.append({"name": figure.name, "value": figure.value, "stderr": finite(figure.stderr),
+        rows.append({"name": figure.name, "value": figure.value, "stderr": figure.stderr,
                      "published": other, "source": source})  # fmt: skip
     speed = len(items) / seconds
     head = f"{path}: {len(items)} items of {task} by {model}, {speed:.1f} a second"
@@ -258,7 +262,7 @@ def task_figures(
 
 def figure_line(row: dict[str, Any]) -> str:
     """Return a figure, its standard error, and what is published, as a line of a table."""
-    error = "unknown" if row["stderr"] is None else f"{row['stderr']:.4f}"
+    error = "unknown" if math.isnan(row["stderr"]) else f"{row['stderr']:.4f}"
     line = f"{row['name']:18} {row['value']:10.4f}  (standard error {error})"
     if row["published"] is not None:
         line += f"  published: {row['published']:.4f}, {row['source']}"

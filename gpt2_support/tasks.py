@@ -75,13 +75,13 @@ def load_items(path: Path, limit: int | None = None) -> tuple[str, list[Item]]:
     """
     task = ""
     items: list[Item] = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for n, line in enumerate(file, start=1):
             if len(items) == limit:
                 break
             if line.strip():
                 try:
-                    item = json.loads(line)
+                    item = json.loads(line.decode())
                     task = task or find_task(item)
                     check_item(item, task)
                 except (ValueError, RecursionError) as error:

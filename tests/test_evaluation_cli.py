@@ -15,7 +15,9 @@ import encoder
 import evaluate
 import gpt2
 import train
+import utils
 from gpt2_support import datasets, evaluation_cli, folders, tasks
+from gpt2_support.formats import llmc
 from gpt2_support.http import Effort
 
 
@@ -131,6 +133,15 @@ def test_items_are_a_table_with_the_published_figures(call, files, monkeypatch):
     assert "(standard error 0." in lines[0]
 
 
+def test_figures_that_are_not_finite_are_null_in_json(call, trained, text):
+    params = gpt2.load(trained).copy()
+    params.wte[...] = np.nan
+    llmc.save_params(trained / "model.bin", params)
+    result = figures_of(call, "--model", trained, "--data", text)
+    assert result["nats_per_token"] is None and result["n_tokens"] > 1000
+    assert "nan nats a token" in call(evaluate, "--model", trained, "--data", text).stdout
+
+
 def test_standard_error_of_one_item_is_unknown(call, files):
     done = call(evaluate, "--model", "stories", "--data", files[0], "--limit", 1)
     assert "(standard error unknown)" in done.stdout
@@ -152,6 +163,8 @@ def test_task_by_name_is_fetched_once_and_checked(call, files, tmp_path, monkeyp
             datasets.download(name, Effort(pause=lambda seconds: None))
         monkeypatch.setitem(datasets.TASKS, name, known)
         server.log.clear()
+        done = call(utils, "download", name)
+        assert done.returncode == 0 and f"{name}.jsonl: downloaded" in last_line(done)
         for _ in range(2):
             result = figures_of(call, "--model", "stories", "--data", name, "--limit", 2)
         assert len(server.log) == 1

@@ -155,6 +155,7 @@ DAMAGED = {
     "label": (json.dumps(HELLASWAG | {"label": 4}), "line 1: label is 4, expected 0 to 3"),
     "no label": (json.dumps(HELLASWAG | {"label": ""}), "line 1: label is , expected a number"),
     "nested": ("[" * 100_000, "line 1: "),
+    "Latin-1": ("\udce9", "line 1: 'utf-8' codec can't decode byte 0xe9"),
 }
 
 
@@ -162,6 +163,6 @@ DAMAGED = {
 def test_damaged_items_are_refused_with_the_line(tmp_path, case):
     contents, message = DAMAGED[case]
     path = tmp_path / "items.jsonl"
-    path.write_text(contents, encoding="utf-8")
+    path.write_bytes(contents.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=rf"items\.jsonl: {message}"):
         tasks.load_items(path)
