@@ -272,7 +272,7 @@ def parse_args(argv=None):
     add("--json", type=Path, help="file for all that was measured")
     add("--plot", type=Path, help="file for a bar chart (PNG)")
     add("--from_json", type=Path, nargs="+", metavar="FILE", help="measure nothing: table and plot "
-        "of such a file; of several, a table with a column for each")  # fmt: skip
+        "of such a file; of several, or of a folder of them, a table with a column for each")  # fmt: skip
     add("--sizes", choices=["full", "tiny"], default="full", help="tiny is to test the suite")
     args = parser.parse_args(argv)
     args.repeats = (1 if args.quick else 5) if args.repeats is None else args.repeats
@@ -286,10 +286,15 @@ def parse_args(argv=None):
     return args
 
 
+def compares(args):
+    """Tell whether the command is to put several results side by side."""
+    return bool(args.from_json) and (len(args.from_json) > 1 or args.from_json[0].is_dir())
+
+
 def check_outputs(parser, args):
     """Exit with status 2 if a file that is asked for could not be made."""
-    if args.from_json and len(args.from_json) > 1 and (args.json or args.plot):
-        parser.error(f"argument --from_json: {len(args.from_json)} files make a table only")
+    if compares(args) and (args.json or args.plot):
+        parser.error("argument --from_json: several files make a table only")
     for name in ("json", "plot"):
         path = getattr(args, name)
         if path and not path.absolute().parent.is_dir():
@@ -352,9 +357,9 @@ def main():
     if args.list:
         print("\n".join(f"{item.letter:5} {item.name:16} {item.title}" for item in args.chosen))
         return
-    if args.from_json and len(args.from_json) > 1:
-        records = {path.stem: read_record(path) for path in args.from_json}
-        print(report.compare_machines(records))
+    if compares(args):
+        paths = [p for path in args.from_json for p in sorted(path.glob("*.json")) or [path]]
+        print(report.compare_machines({path.stem: read_record(path) for path in paths}))
         return
     record = read_record(args.from_json[0]) if args.from_json else run(args)
     if args.json:
