@@ -272,7 +272,7 @@ def parse_args(argv=None):
     add("--json", type=Path, help="file for all that was measured")
     add("--plot", type=Path, help="file for a bar chart (PNG)")
     add("--from_json", type=Path, nargs="+", metavar="FILE", help="measure nothing: table and plot "
-        "of such a file; of several, or of a folder of them, a table with a column for each")  # fmt: skip
+        "of such a file; of several, or of a folder, a table with a column for each")  # fmt: skip
     add("--sizes", choices=["full", "tiny"], default="full", help="tiny is to test the suite")
     args = parser.parse_args(argv)
     args.repeats = (1 if args.quick else 5) if args.repeats is None else args.repeats
