@@ -32,7 +32,7 @@ SHAPES = {
 
 
 def hook_point(model, name):
-    """Return the module of Hugging Face's model where an activation is, and whether it is its input."""
+    """Return the module of Hugging Face's model that has an activation, and whether as input."""
     if not name.startswith("h"):
         return {"embed": model.transformer.drop, "ln_f": model.transformer.ln_f}[name], False
     layer, _, inner = name.partition(".")
@@ -102,7 +102,7 @@ def weights_changed(name, change):
 
 
 def errors_of(name, dtype, edited=True):
-    """Return the errors of the logits and the gradients when `name` is edited, or only looked at."""
+    """Return the errors of logits and gradients when `name` is edited, or only looked at."""
     params, tokens = trained_size_params(SMALL, 1, dtype), np.random.default_rng(2)
     tokens = tokens.integers(SMALL.n_vocab, size=(B, T))
     edit = {name: abs(normal(*SHAPES[name])).astype(dtype)} if edited else {}
