@@ -14,6 +14,7 @@ from helpers import TINY
 
 import encoder
 import gpt2
+import growth
 import items
 import naive
 import prepare
@@ -445,3 +446,27 @@ def test_results_that_are_kept_make_a_table():
     table = report.compare_machines({path.stem: suite.read_record(path) for path in paths})
     assert "| BLAS kernels | " in table
     assert re.search(r"\| decode, 40 tokens after 10 \| [\d.]+ tokens/s, \d+%; ", table)
+
+
+def test_growth_is_drawn_from_its_json(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    times = {"ours": {"1": 0.02, "1000": 0.03}, "huggingface": {"1": 0.04, "1000": 0.05}}
+    record = {"token": times, "step": {"ours": {"10000": 0.1, "1000000": 1.0}}}
+    path, picture = tmp_path / "growth.json", tmp_path / "growth.png"
+    path.write_text(json.dumps(record), encoding="utf-8")
+    monkeypatch.setattr(
+        sys, "argv", ["growth.py", "--from_json", str(path), "--plot", str(picture)]
+    )
+    growth.main()
+    assert json.loads(capsys.readouterr().out) == record
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.thorough
+def test_growth_measures_steps_of_models(run):
+    done = run("benchmarks/growth.py", "--models", "names", "--seconds", 0, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    (seconds,) = record["step"]["ours"].values()
+    assert 0 < seconds < 60
+    assert record["token"]["ours"] == {}
