@@ -34,7 +34,7 @@ def bundled_model(folder):
 def random_124m(folder):
     """124M's shape with the bundled tokenizer, whose ids are the first 4,096."""
     params = random_params(Config(), np.float32, scale=0.05)
-    return params, 12
+    return params, 6
 
 
 @pytest.fixture(scope="module", params=[bundled_model, random_124m])
