@@ -438,8 +438,9 @@ def test_command_ends_when_a_rank_is_killed_and_its_checkpoint_resumes(mpi, run,
     os.kill(pids[rank], signal.SIGKILL)
     done = finish(process, 60)
     assert done.returncode != 0
-    said = done.stdout + done.stderr  # by the launcher, or by the other rank
-    assert "signal 9" in said or "another rank cannot be reached" in said
+    said = done.stdout + done.stderr  # by the launcher, by the other rank, or by MPI itself
+    ways = "signal 9", "another rank cannot be reached", "process_vm_readv failed"
+    assert any(way in said for way in ways)
     deadline = time.monotonic() + 20
     while any(map(is_running, pids)):
         assert time.monotonic() < deadline, "the other rank goes on"

@@ -74,7 +74,7 @@ def flood(start):
 def quick(monkeypatch):
     """A tenth of a second of patience, no pauses."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(http, "PATIENCE", 0.1)
+    monkeypatch.setattr(http, "PATIENCE", 0.3)
     return http.Effort(pause=lambda seconds: None)
 
 
