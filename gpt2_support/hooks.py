@@ -195,6 +195,9 @@ def find_edits(edit: Edit, config: Config, logits: bool = True) -> dict[str, lis
 
     In a pattern `*` stands for anything but a dot. Raises ValueError if one matches nothing.
     """
+    if not hasattr(edit, "items"):
+        actual = preview(repr(edit))
+        raise ValueError(f"edit must be a dict {{name: array or function}}, found {actual}")
     names: dict[str, tuple[str, int | None]] = {}
     names.update({name: (name, None) for name in activation_names(config)})
     for i, inner, head in itertools.product(range(config.n_layer), HEADED, range(config.n_head)):

@@ -101,6 +101,7 @@ def test_edit_may_change_its_argument_but_not_the_cache():
         ({"h2": 0}, "no activation is called 'h2': do you mean"),
         ({"h0.attn.q.3": 0}, "no activation is called 'h0.attn.q.3'"),
         ({"zebra": 0}, "a record tells the names"),
+        ("h0", r"edit must be a dict \{name: array or function\}, found 'h0'"),
         (
             {"h0": np.zeros((5, 11))},
             r"edit of h0: float64 \(5, 11\) does not fit float64 \(2, 5, 12\)",
