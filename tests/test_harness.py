@@ -83,6 +83,7 @@ def test_scores_and_figures_are_those_of_the_harness(both, capsys):
         ours = np.array(likelihoods(scores))
         other = np.array([[ll for ll, _ in endings] for endings in expected])
         np.testing.assert_allclose(ours, other, rtol=1e-5, atol=1e-4)
+        assert (ours.argmax(1) == other.argmax(1)).all()
         for figure in figures:
             name = figure.name.removesuffix(", harness")
             if f"{name},none" in theirs[task]["figures"]:
