@@ -30,7 +30,8 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
     from gpt2_support.masks import Dropout
     from gpt2_support.params import Config
 
-    Edit: TypeAlias = Mapping[str, ArrayLike | Callable[[ndarray], ArrayLike]]
+    Value: TypeAlias = ArrayLike | float | int
+    Edit: TypeAlias = Mapping[str, Value | Callable[[ndarray], Value]]
     Record: TypeAlias = dict[str, ndarray]
 
 HEADED = ("attn.q", "attn.k", "attn.v", "attn.att", "attn.heads")

@@ -104,8 +104,7 @@ def test_notebook_uses_names_that_exist(path):
     for cell in code_cells(json.loads(path.read_text(encoding="utf-8"))):
         for node in ast.walk(ast.parse("".join(cell["source"]))):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("gpt2_support"):
-                module = importlib.import_module(node.module)
-                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+                exec(ast.unparse(node), {})  # an ImportError names what is missing
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 module = modules.get(node.value.id)
                 assert module is None or hasattr(module, node.attr), ast.unparse(node)

@@ -96,7 +96,7 @@ def clone(tmp_path_factory):
         text = "\n".join(make_text().split())
         (folder / "datasets" / f"{name}.txt").write_text(text, encoding="utf-8")
     write_items(folder / "datasets", 5)  # of LAMBADA and of HellaSwag
-    config = Config(openai_files.N_VOCAB, n_ctx=128, n_embd=8, n_head=2, n_layer=2)
+    config = Config(openai_files.N_VOCAB, n_ctx=256, n_embd=8, n_head=2, n_layer=2)
     for path in ("path/to/openai_or_hf", "site/124M"):
         (folder / path).mkdir(parents=True)
         openai_files.write_checkpoint(folder / path, config)
