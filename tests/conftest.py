@@ -165,7 +165,7 @@ def uncounted(monkeypatch):
 
 
 @pytest.fixture
-def run():
+def run(uncounted):
     """`run("gpt2.py", "--help")` runs a command of ours as a user does, from the repository."""
 
     def command(script, *args, **kwargs):

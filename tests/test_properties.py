@@ -212,7 +212,8 @@ def test_any_batch_of_prompts_generates_what_each_does_alone(data, config, n_row
             }
         )
     )
-    steps = list(gpt2.generate(params, prompts, n_tokens, seed=5, **sampling))
+    with unchecked():  # tests of one batch check the types
+        steps = list(gpt2.generate(params, prompts, n_tokens, seed=5, **sampling))
     for b, prompt in enumerate(prompts):
         with unchecked():
             alone = list(gpt2.generate(params, prompt, n_tokens, seed=5 + b, **sampling))

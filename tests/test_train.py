@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, TEXT, TINY, take_steps
+from helpers import ROOT, TEXT, TINY, take_steps, unchecked
 
 import encoder
 import gpt2
@@ -279,7 +279,8 @@ def test_training_overfits_one_batch():
         replace(TINY, n_embd=32), steps=300, batch_size=4, seq_len=8, order="sequential", **rates
     )
     loader = train.DataLoader(uint16_tokens(4 * 8 + 1), state.config)
-    losses = take_steps(state, loader)
+    with unchecked():
+        losses = take_steps(state, loader)
     assert losses[0] > 5
     assert losses[-1] < 0.01
 
