@@ -1,7 +1,7 @@
 """What the test files share: quick and thorough runs, the reference data, commands.
 
 `pytest` is the quick run. `pytest --thorough` is everything: also the tests marked `thorough`, more
-examples of each property, and every call of every function checked against its annotations. Both
+examples of each property, and calls checked against annotations, but where the same repeat. Both
 use all cores, where pytest-xdist is installed; `-n 0` or the name of a test file keeps to one.
 """
 
