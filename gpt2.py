@@ -252,7 +252,8 @@ def attention_backward(
     dq, dk, dv = tiles.apply_backward(
         scaled_dot_product_attention_backward, dout, q, k, v, att, hook
     )
-    dv, dk, dq = (hook.backward(f"attn.{x}", dx) for x, dx in zip("vkq", (dv, dk, dq), strict=True))
+    dv, dk = hook.backward("attn.v", dv), hook.backward("attn.k", dk)
+    dq = hook.backward("attn.q", dq)
     dqkv = np.concatenate([merge_heads(dx) for dx in (dq, dk, dv)], axis=-1)  # (B, T, 3C)
     return linear_backward(dqkv, x, p.c_attn, d.c_attn)
 
@@ -788,10 +789,7 @@ def main(argv: list[str] | None = None) -> None:
     import encoder
 
     args = gpt2_cli.parse_args(argv)
-    if args.model is None:
-        path = hub.find_default_model(args.models_dir)
-    else:
-        path = hub.find_model(args.model, args.models_dir)
+    path = hub.find_model_or_default(args.model, args.models_dir)
     params = load_params(path)
     enc = encoder.load(path if path.is_dir() else path.parent)
     checks.check_tokenizer(path, params.config, enc.n_vocab)

@@ -52,7 +52,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700))  # what a float can hold
+        return perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
@@ -188,6 +188,11 @@ def in_threads(
         finally:
             pool.shutdown(cancel_futures=True)  # after an error, too, soon
     return results
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), at most what a float can hold."""
+    return math.exp(min(loss, 700))
 
 
 def standard_error(n: int, total: float, squares: float) -> float:

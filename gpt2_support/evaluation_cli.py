@@ -118,10 +118,7 @@ def is_file(text: str) -> bool:
 def run_evaluation(gpt2: Any, encoder: Any, argv: Sequence[str] | None = None) -> None:
     """Run the command line: `python evaluate.py --help`."""
     args = parse_args(argv)
-    if args.model is None:
-        path = hub.find_default_model(args.models_dir)
-    else:
-        path = hub.find_model(args.model, args.models_dir)
+    path = hub.find_model_or_default(args.model, args.models_dir)
     params, folder = load_params(path), path if path.is_dir() else path.parent
     enc = encoder.load(args.tokenizer, args.models_dir) if args.tokenizer else encoder.load(folder)
     checks.check_tokenizer(path, params.config, enc.n_vocab)

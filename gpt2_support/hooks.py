@@ -22,7 +22,7 @@ from gpt2_support.messages import preview
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     from collections.abc import Callable, Iterator, Mapping
-    from typing import Any, TypeAlias
+    from typing import TypeAlias
 
     from numpy import ndarray
     from numpy.typing import ArrayLike
@@ -85,14 +85,15 @@ class Hooks(NoHook):
     ) -> None:
         self._n_head, self._is_single, self._drop, self._block = config.n_head, is_single, drop, ""
         self._record, self._record_grads = record, record_grads
-        self._edits = find_edits(edit or {}, config, logits)
+        self._edits = {} if edit is None else find_edits(edit, config, logits)
         self._masks: dict[str, ndarray] = {}
         self.is_recording = record is not None
 
     def __call__(self, name: str, x: ndarray) -> ndarray:
         path = self._block + name
-        for head, value in self._edits.get(path, ()):
+        if path in self._edits:
             x = x.copy()
+        for head, value in self._edits.get(path, ()):
             self._write(path, self._select(x, name, head), value)
         if self._drop is not None and name in DROPPED:
             self._masks[path] = self._drop.mask(*x.shape, dtype=x.dtype)
@@ -107,8 +108,9 @@ class Hooks(NoHook):
             self._record_grads[path] = self._single(dx).copy()
         if path in self._masks:
             dx = dx * self._masks.pop(path)
-        for head, value in reversed(self._edits.get(path, ())):
+        if path in self._edits:
             dx = dx.copy()
+        for head, value in reversed(self._edits.get(path, ())):
             backward = getattr(value, "backward", np.zeros_like)
             self._write(path, self._select(dx, name, head), backward)
         return dx
@@ -146,11 +148,18 @@ class Hooks(NoHook):
         x[...] = new
 
 
-def make(config: Config, is_single: bool, *uses: Any, logits: bool = True) -> NoHook:
-    """Return Hooks for `uses`: edit, record, record_grads, drop; NO_HOOK if all are None."""
-    if all(use is None for use in uses):
+def make(
+    config: Config,
+    is_single: bool,
+    edit: Edit | None = None,
+    record: Record | None = None,
+    record_grads: Record | None = None,
+    drop: Dropout | None = None,
+    logits: bool = True,
+) -> NoHook:
+    """Return Hooks, or NO_HOOK if there is nothing to edit, to record or to drop."""
+    if edit is record is record_grads is drop is None:
         return NO_HOOK
-    edit, record, record_grads, drop = (*uses, None, None, None)[:4]
     return Hooks(config, is_single, edit, record, record_grads, drop, logits)
 
 

@@ -163,6 +163,11 @@ def found_there(path: Path) -> str:
     return ""
 
 
+def find_model_or_default(name: str | None, models_dir: str | Path = MODELS_DIR) -> Path:
+    """Return what `find_model` finds or, where no name is given, `find_default_model`."""
+    return find_default_model(models_dir) if name is None else find_model(name, models_dir)
+
+
 def find_default_model(models_dir: str | Path = MODELS_DIR) -> Path:
     """Return the path of 124M or, where it cannot be downloaded at once, of the bundled model."""
     try:

@@ -161,10 +161,17 @@ class AdamW:
         p, g = params.flat[self.shard], grads.flat[self.shard]
 
         def update(i: int, n: int) -> None:
-            for at, decays in self._blocks[i::n]:
-                adamw_update(p[at], g[at], self.m[at], self.v[at], t, lr, config, decays, scale)
+            self._update(i, n, p, g, lr, t, config, scale)
 
-        parallel(update)
+        with blas.one_thread():  # each thread of ours has one, so their number changes no bit
+            parallel(update)
+
+    def _update(
+        self, i: int, n: int, p: Flat, g: Flat, lr: float, t: int, c: Any, scale: float
+    ) -> None:
+        """Update the parts i, i + n, ... of the shard's parameters p by its gradients g."""
+        for at, decays in self._blocks[i::n]:
+            adamw_update(p[at], g[at], self.m[at], self.v[at], t, lr, c, decays, scale)
 
 
 class Muon(AdamW):
@@ -184,28 +191,14 @@ class Muon(AdamW):
             if shard.start <= start < shard.stop
         ]  # the largest first, so that threads get about equal shares
 
-    def step(
-        self,
-        params: Params,
-        grads: Params,
-        lr: float,
-        t: int,
-        config: Any,
-        scale: float = 1.0,
-        parallel: Parallel = serial,
+    def _update(
+        self, i: int, n: int, p: Flat, g: Flat, lr: float, t: int, c: Any, scale: float
     ) -> None:
-        """Update params by gradients times `scale`, in place; step t counts from 1."""
-        super().step(params, grads, lr, t, config, scale, parallel)
-        flats = params.flat[self.shard], grads.flat[self.shard], self.m
-        muon_lr = config.muon_lr * (lr / config.lr if config.lr else 0)
-
-        def update(i: int, n: int) -> None:
-            for at, shape in self._matrices[i::n]:
-                p, g, m = (flat[at].reshape(shape) for flat in flats)
-                muon_update(p, g, m, muon_lr, config, scale)
-
-        with blas.one_thread():  # each thread of ours has one, so their number changes no bit
-            parallel(update)
+        super()._update(i, n, p, g, lr, t, c, scale)
+        muon_lr = c.muon_lr * (lr / c.lr if c.lr else 0)
+        for at, shape in self._matrices[i::n]:
+            p_, g_, m_ = (flat[at].reshape(shape) for flat in (p, g, self.m))
+            muon_update(p_, g_, m_, muon_lr, c, scale)
 
 
 OPTIMIZERS: dict[str, type[AdamW]] = {"adamw": AdamW, "muon": Muon}

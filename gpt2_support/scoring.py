@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from gpt2_support.params import Params
 
 TOKENS_PER_BATCH = 512  # read at a time: enough rows for fast products, few enough for the memory
-ROWS = 256  # of logits at a time
 
 
 class Request(NamedTuple):
@@ -166,8 +165,8 @@ def compare(
 ) -> tuple[Float[ndarray, " N"], Bool[ndarray, " N"]]:
     """Return -log P(target) (N,) and whether it is the likeliest id, from the output of ln_f."""
     nats, is_best = np.empty(len(x), x.dtype), np.empty(len(x), bool)
-    for start in range(0, len(x), ROWS):
-        rows = slice(start, start + ROWS)
+    for start in range(0, len(x), gpt2.LM_HEAD_ROWS):
+        rows = slice(start, start + gpt2.LM_HEAD_ROWS)
         logits = x[rows] @ wte.T
         is_best[rows] = logits.argmax(-1) == targets[rows]
         nats[rows], _ = gpt2.cross_entropy(logits, targets[rows])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gpt2_support.evaluation import standard_error
+from gpt2_support.evaluation import perplexity, standard_error
 from gpt2_support.messages import preview
 from gpt2_support.scoring import Request
 
@@ -175,12 +175,12 @@ def lambada_figures(scores: Sequence[list[Score]]) -> list[Figure]:
     GPT-2's paper counts the last token, which the tokens of the word before it may give away.
     """
     words = [score for (score,) in scores]
-    nats = mean("perplexity", [float(score.nats.sum(dtype=np.float64)) for score in words])
-    perplexity = math.exp(min(nats.value, 700))  # what a float can hold
+    nats = mean("nats", [float(score.nats.sum(dtype=np.float64)) for score in words])
+    value = perplexity(nats.value)
     return [
         mean("acc", [bool(score.is_best.all()) for score in words]),
         mean("acc, last token", [bool(score.is_best[-1]) for score in words]),
-        Figure("perplexity", perplexity, perplexity * nats.stderr),
+        Figure("perplexity", value, value * nats.stderr),
     ]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from gpt2_support import datasets
 from gpt2_support.cli import ArgumentParser, run
+from gpt2_support.formats.llmc import VERSIONS
 from gpt2_support.hub import (
     MODEL_ALIASES,
     MODEL_NAMES,
@@ -121,7 +122,7 @@ def add_convert(commands: Commands) -> None:
     )
     add(
         "--dtype",
-        choices=["fp32", "bf16"],
+        choices=[*VERSIONS],
         default="fp32",
         help="the numbers of model.bin: of 32 bits, or rounded to 16, 8 of them significant, for "
         "a file of half the size",

@@ -152,10 +152,21 @@ def test_gradients_of_activations_are_numeric(name, shape):
     assert np.vdot(record_grads[name], direction) == pytest.approx(expected, rel=1e-6, abs=1e-10)
 
 
+class Flip:
+    """An edit that does not commute with Scale."""
+
+    def __call__(self, x):
+        return x[..., ::-1]
+
+    backward = __call__
+
+
 @pytest.mark.parametrize(
     "edit",
     [
         {"h0": hooks.Add(np.ones(12))},
+        {"h0.mlp.out": hooks.Scale(0.3), "h1.attn.out": 0.5},  # the stream goes past them
+        {"h0.mlp.gelu": Flip(), "h*.mlp.gelu": hooks.Scale(np.arange(48) / 9)},
         {"h*.attn.heads.1": hooks.Scale(0.3), "h*.attn.heads.*": hooks.Scale(2.0)},
         {"h0.attn.att.2": hooks.Scale(0.5), "h1.mlp.gelu": hooks.Scale(np.arange(48) / 9)},
         {"h0.attn.k": 0.25, "h1.ln_2": lambda x: x[..., ::-1]},  # constants

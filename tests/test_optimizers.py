@@ -94,6 +94,20 @@ def test_adamw_ten_steps_equal_pytorch(shared):
         np.testing.assert_allclose(array, end.named[name], rtol=0, atol=1e-9, err_msg=name)
 
 
+def check_two_steps(one, whole, shards, sharded, config):
+    """Two steps of one optimizer, and of one for each shard, are the same bit for bit."""
+    start, rng = whole.flat.copy(), np.random.default_rng(1)
+    for t in (1, 2):
+        grads = Params(whole.config, rng.standard_normal(start.size, np.float32))
+        one.step(whole, grads, 0.01, t, config, 0.5)
+        for optimizer in shards:
+            optimizer.step(sharded, grads, 0.01, t, config, 0.5)
+    assert (whole.flat == sharded.flat).all() and (whole.flat != start).any()
+    for name in ("m", "v"):
+        joined = np.concatenate([getattr(optimizer, name) for optimizer in shards])
+        assert (joined == getattr(one, name)).all()
+
+
 @pytest.mark.parametrize("n", [2, 3, 7, 1000])
 @pytest.mark.parametrize("block", [5, 32768])
 def test_adamw_in_shards_is_the_whole_bit_for_bit(monkeypatch, n, block):
@@ -107,16 +121,7 @@ def test_adamw_in_shards_is_the_whole_bit_for_bit(monkeypatch, n, block):
         shards.append(train.AdamW(sharded, group.shard(sharded.flat.size)))
     one = train.AdamW(whole)
     assert not one.is_sharded and all(optimizer.is_sharded for optimizer in shards)
-    rng = np.random.default_rng(1)
-    for t in (1, 2):
-        grads = Params(model, rng.standard_normal(start.flat.size, np.float32))
-        one.step(whole, grads, 0.01, t, config, 0.5)
-        for optimizer in shards:
-            optimizer.step(sharded, grads, 0.01, t, config, 0.5)
-    assert (whole.flat == sharded.flat).all() and (whole.flat != start.flat).any()
-    for name in ("m", "v"):
-        joined = np.concatenate([getattr(optimizer, name) for optimizer in shards])
-        assert (joined == getattr(one, name)).all()
+    check_two_steps(one, whole, shards, sharded, config)
 
 
 # --- Muon ---------------------------------------------------------------------------------------
@@ -195,15 +200,7 @@ def test_muon_in_shards_is_the_whole_bit_for_bit(n):
     assert not one.is_sharded and all(part.is_sharded for part in parts)
     ends = [0, *(part.shard.stop for part in parts)]
     assert [part.shard.start for part in parts] == ends[:-1] and ends[-1] == whole.flat.size
-    rng = np.random.default_rng(1)
-    for t in (1, 2):
-        grads = Params(TINY, rng.standard_normal(start.flat.size, np.float32))
-        one.step(whole, grads, 0.01, t, config, 0.5)
-        for part in parts:
-            part.step(sharded, grads, 0.01, t, config, 0.5)
-    assert (whole.flat == sharded.flat).all() and (whole.flat != start.flat).any()
-    for name in ("m", "v"):
-        assert (np.concatenate([getattr(part, name) for part in parts]) == getattr(one, name)).all()
+    check_two_steps(one, whole, parts, sharded, config)
 
 
 def test_muon_resumes_bit_for_bit(tmp_path):

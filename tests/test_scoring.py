@@ -67,7 +67,7 @@ def test_batches_of_one_group_give_the_same_scores(monkeypatch):
 
 
 def test_logits_in_blocks_of_rows_give_the_same_scores(monkeypatch):
-    monkeypatch.setattr(scoring, "ROWS", 3)
+    monkeypatch.setattr(gpt2, "LM_HEAD_ROWS", 3)
     check(random_params(CONFIG), random_requests(9, 3), rtol=1e-10, atol=1e-11)
 
 
