@@ -49,7 +49,7 @@ class NoHook:
         return x
 
     def backward(self, name: str, dx: ndarray) -> ndarray:
-        """Return the gradient of what was computed, given that of what the model went on with."""
+        """Return the gradient for what was computed, from dx, that for what `__call__` returned."""
         return dx
 
     def within(self, block: str) -> NoHook:
@@ -219,7 +219,7 @@ def find_edits(edit: Edit, config: Config, logits: bool = True) -> dict[str, lis
         matches = [name for name in names if match(name, pattern)]
         if not matches:
             near = difflib.get_close_matches(str(pattern), names, 3, 0.5)
-            hint = f"do you mean {' or '.join(near)}?" if near else "a record tells the names"
+            hint = f"did you mean {' or '.join(near)}?" if near else "a record tells the names"
             raise ValueError(f"edit: no activation is called {preview(pattern)!r}: {hint}")
         for name in matches:
             path, part = names[name]
