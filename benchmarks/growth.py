@@ -79,7 +79,7 @@ def plot(record, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), dpi=120)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), dpi=120, layout="constrained")
     for axes, key, scale in ((left, "token", 1e3), (right, "step", 1)):
         for who, points in record[key].items():
             x, y = [int(at) for at in points], [scale * seconds for seconds in points.values()]
