@@ -29,6 +29,7 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import openai_files
@@ -53,6 +54,7 @@ def in_process(function, *args):
             os.dup2(nothing, number)
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         sys.modules["matplotlib"] = None  # slow to import
+        tqdm.tqdm.set_lock(threading.RLock())  # the usual one is shared: a kill would leave it held
         try:
             function(*args)
         except Exception:

@@ -10,12 +10,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import faults
 import numpy as np
 import openai_files
 import pytest
+import tqdm
 
 import encoder
 import train
@@ -48,6 +50,26 @@ def test_disturbed_job_loses_nothing_and_comes_to_its_result(name, tmp_path, tho
         pytest.skip("this system does not let us make PID namespaces")
     counts = faults.run_job(name, 3 if thorough else 1, random.Random(7), tmp_path)
     assert counts["lost"] == 0 and counts["ended"] >= 1
+
+
+def test_process_that_is_killed_while_it_draws_a_bar_stops_no_other():
+    receive, send = faults.multiprocessing.get_context("fork").Pipe(duplex=False)
+    tqdm.tqdm.get_lock()  # is there, and shared with forked processes, since the first bar
+
+    def draw_for_ever():
+        with tqdm.tqdm.get_lock():
+            send.send("drawing")
+            time.sleep(60)
+
+    killed = faults.in_process(draw_for_ever)
+    assert receive.poll(20) and receive.recv() == "drawing"
+    killed.kill()
+    killed.join()
+    other = faults.in_process(lambda: list(tqdm.tqdm([1, 2])))
+    other.join(20)
+    exitcode = other.exitcode
+    other.kill()
+    assert exitcode == 0
 
 
 @pytest.mark.thorough
