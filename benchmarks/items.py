@@ -72,13 +72,13 @@ class Sizes:
     n_vocab: int = 4096  # of the vocabulary that is learned
     names: Shape = Shape(257, 16, 16, 4, 1)
     names_steps: int = 1000
-    stories: Shape = Shape(4096, 256, 216, 6, 5)  # the bundled model
+    stories: Shape = Shape(4096, 256, 216, 6, 5)  # that of the bundled model of 0.1
     stories_batch: tuple = (8, 256)
     stories_tokens: int = 200
     recipe: Shape = Shape(257, 64, 128, 4, 4)  # nanoGPT's for a laptop, on bytes
     recipe_batch: tuple = (12, 64)
     recipe_steps: int = 2000
-    evaluated: int = 50_000  # tokens of the bundled model's validation
+    evaluated: int = 50_000  # tokens of the validation of `stories`
 
 
 FULL = Sizes()
@@ -312,7 +312,7 @@ def small_models(s):
 
 
 def stories(s):
-    """The bundled model: a training step, decoding, validation."""
+    """`stories`: a training step, decoding, validation."""
     B, T = s.stories_batch
     step = {"work": "step", "model": "stories", "B": B, "T": T}
     decode = {"work": "decode", "model": "stories", "n_prompt": s.n_prompt, "n_samples": 1}

@@ -150,7 +150,7 @@ def recipe(job):
 
 
 def validate(job):
-    """Compute the loss of the bundled model on n_tokens ids, in windows of T."""
+    """Compute the loss of `stories` on n_tokens ids, in windows of T."""
     params, losses = gpt2.load(job.folder / job.model), []
     ids = worker.random_text_ids(job, params.config.n_vocab)
     lengths = np.ones(params.config.n_vocab, int)

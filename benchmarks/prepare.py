@@ -39,19 +39,20 @@ def main():
 
 
 def make_models(folder, data, sizes):
-    """Write `gpt2` and `stories`, and for Hugging Face `gpt2-hf` and `stories-hf`."""
-    config, stories = Config(**vars(sizes.gpt2)), ROOT / "models" / "stories"
-    params = train.init_params(config)
-    for name, array in params.named.items():
-        if name.startswith("model/h") and name.endswith("/w"):
-            array *= 4  # with weights as small as at the start a model repeats one token for ever
-    llmc.save_params(folder / "gpt2" / "model.bin", params)
-    shutil.copytree(stories, folder / "stories")
+    """Write `gpt2` and `stories`, of random weights, and for Hugging Face `gpt2-hf`, `stories-hf`.
+
+    Their shapes stay as they are, so that figures of all versions can be compared.
+    """
+    bundled = ROOT / "models" / "stories" / "tokenizer.bin"
     tables = [ROOT / "models" / "124M" / "tokenizer.bin", data / "gpt2" / "gpt2_tokenizer.bin"]
-    tables = [path for path in tables if path.exists() and config.n_vocab == 50257]
-    tokenizer = tables[0] if tables else stories / "tokenizer.bin"
-    shutil.copyfile(tokenizer, folder / "gpt2" / "tokenizer.bin")
-    for name in ("gpt2", "stories"):
+    tables = [path for path in tables if path.exists() and sizes.gpt2.n_vocab == 50257]
+    for name, table in (("gpt2", (tables or [bundled])[0]), ("stories", bundled)):
+        params = train.init_params(Config(**vars(getattr(sizes, name))))
+        for key, array in params.named.items():
+            if key.startswith("model/h") and key.endswith("/w"):
+                array *= 4  # with weights as small as at the start a model repeats one token
+        llmc.save_params(folder / name / "model.bin", params)
+        shutil.copyfile(table, folder / name / "tokenizer.bin")
         weights.convert(folder / name, folder / f"{name}-hf", "hf")
     return "GPT-2's" if tables else "the bundled model's, of 4,096 tokens"
 

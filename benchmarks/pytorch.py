@@ -211,7 +211,7 @@ def mean_loss(model, tokens, T):
 
 
 def validate(job):
-    """Compute the loss of the bundled model on n_tokens ids, in windows of T."""
+    """Compute the loss of `stories` on n_tokens ids, in windows of T."""
     torch.set_num_threads(job.threads)
     model, losses = load(job), []
     ids = worker.random_text_ids(job, model.wte.num_embeddings).astype(np.int64)

@@ -1,6 +1,7 @@
 """Tests of benchmarks/: that it runs, on tiny shapes, and reports what it found; never how fast."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -20,6 +21,7 @@ import naive
 import prepare
 import report
 import run as suite
+import time_to_loss
 import train
 import worker
 from gpt2_support.formats import llmc, token_table
@@ -470,3 +472,42 @@ def test_growth_measures_steps_of_models(run):
     (seconds,) = record["step"]["ours"].values()
     assert 0 < seconds < 60
     assert record["token"]["ours"] == {}
+
+
+def test_time_to_loss_is_drawn_from_its_json(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    points = [[5.0, 250, 2.5], [72.0, 2000, 1.886]]
+    record = {"runs": {"nanoGPT": {"seconds": 73.0, "points": points, "loss": 1.8812}}}
+    path, picture = tmp_path / "loss.json", tmp_path / "loss.png"
+    path.write_text(json.dumps(record), encoding="utf-8")
+    argv = ["time_to_loss.py", "--from_json", str(path), "--plot", str(picture)]
+    monkeypatch.setattr(sys, "argv", argv)
+    time_to_loss.main()
+    assert "| nanoGPT | 2,000 | 73.0 | 1.8812 |" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_timed_losses_stamps_what_a_program_tells(tmp_path):
+    program = """
+import sys, time
+print("step 0: train loss 4.1, val loss 4.2")
+sys.stderr.write("a bar\\r"); time.sleep(0.3); print("step 250: train loss 2.1, val loss 2.25")
+"""
+    pattern = rb"^step (\d+): .*val loss ([\d.]+)"
+    argv = [sys.executable, "-c", program]
+    seconds, points = time_to_loss.timed_losses(argv, pattern, tmp_path, dict(os.environ))
+    assert [point[1:] for point in points] == [(0, 4.2), (250, 2.25)]
+    assert points[1][0] - points[0][0] > 0.25
+    assert seconds >= points[1][0]
+    with pytest.raises(suite.Problem, match="-c: 1"):
+        time_to_loss.timed_losses([sys.executable, "-c", "exit(1)"], pattern, tmp_path, {})
+
+
+def test_our_run_is_timed_to_its_loss(tmp_path):
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.txt").write_text("a line of a play\n" * 200, encoding="utf-8")
+    env = os.environ | {"GPT2_DATASETS_DIR": str(tmp_path / "datasets")}
+    done = time_to_loss.train_ours(tmp_path, env, steps=2)
+    assert [step for _, step, _ in done["points"]] == [1, 2]
+    assert 0 < done["points"][0][0] < done["points"][1][0] < done["seconds"]
+    assert done["loss"] == pytest.approx(done["points"][1][2], abs=1e-4)  # all of the text is used
