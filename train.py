@@ -39,7 +39,7 @@ from gpt2_support.evaluation_cli import measure_text, run_evaluation
 from gpt2_support.formats import llmc
 from gpt2_support.interrupts import deferred_interrupts, forgiving_output, never_fatal
 from gpt2_support.messages import write
-from gpt2_support.optimizers import OPTIMIZERS, AdamW, make_optimizer
+from gpt2_support.optimizers import OPTIMIZERS, AdamW, make_optimizer, time_update
 from gpt2_support.params import Config, Params
 from gpt2_support.run_folder import Diverged, RunFolder, saved_on_error
 from gpt2_support.runlog import RunLog
@@ -486,7 +486,8 @@ def train_command(args: Namespace) -> None:
         gpt2.loss_and_grads, params, loader.batch(0), counts, group, config.dropout
     )
     config.threads = workers.n_threads
-    train_cli.describe(state, len(tokens), seconds * config.grad_accum, gpt2.LM_HEAD_ROWS)
+    seconds = config.grad_accum * seconds + time_update(state.optimizer, params, config, workers)
+    train_cli.describe(state, len(tokens), seconds, gpt2.LM_HEAD_ROWS)
     train(state, loader, val_tokens[: config.eval_tokens], enc, out, workers)
     if state.step < config.steps and not state.is_stale:
         train_cli.say_stopped(state.step, args)

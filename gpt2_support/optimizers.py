@@ -8,12 +8,13 @@ and ranks. `c` are the settings, a train.TrainConfig.
 from __future__ import annotations
 
 import math
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gpt2_support import blas
-from gpt2_support.data_parallel import serial
+from gpt2_support.data_parallel import DataParallel, serial
 from gpt2_support.params import Config, Params, parameter_shapes
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
@@ -207,6 +208,22 @@ OPTIMIZERS: dict[str, type[AdamW]] = {"adamw": AdamW, "muon": Muon}
 def make_optimizer(name: str, params: Params, group: ProcessGroup | None = None) -> AdamW:
     """Return a new optimizer, one of OPTIMIZERS; given a group, with this rank's shard only."""
     return OPTIMIZERS[name](params, group.shard(params.flat.size) if group else None)
+
+
+def time_update(optimizer: AdamW, params: Params, config: Any, workers: DataParallel) -> float:
+    """Return the seconds that an optimizer's step takes on the slowest rank.
+
+    Another of its kind takes one on zeros, by the gradient that `workers` have: no run notices.
+    """
+    zeros = params.zeros_like()
+    other = type(optimizer)(zeros, optimizer.shard)
+    seconds = []
+    for t in (1, 2):  # the first also fetches memory
+        start = time.perf_counter()
+        with np.errstate(all="ignore"):
+            other.step(zeros, workers.grads[0], config.lr, t, config, 1.0, workers.parallel)
+        seconds.append(max(workers.group.all_gather(time.perf_counter() - start)))
+    return min(seconds)
 
 
 # ----------------------------------------------------------------------------------------------

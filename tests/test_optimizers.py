@@ -257,3 +257,27 @@ def test_command_refuses_what_does_not_fit_muon(call, fish, out):
         done = call(train, *fish(*arguments))
         assert (done.returncode, done.stderr.count(message)) == (status, 1), done.stderr
         assert not (out / "model.bin").exists()
+
+
+# --- its time -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_time_update_takes_the_faster_step_and_leaves_the_run_alone(monkeypatch, name):
+    clock = iter([0.0, 5.0, 10.0, 13.0])  # 5 s with memory to fetch, then 3 s
+    monkeypatch.setattr(optimizers.time, "perf_counter", lambda: next(clock))
+    params = train.init_params(TINY)
+    optimizer, workers = optimizers.make_optimizer(name, params), make_workers(params)
+    workers.grads[0].flat[...] = np.nan  # of a run that is about to diverge
+    before = params.flat.copy()
+    seconds = optimizers.time_update(optimizer, params, make_config(optimizer=name), workers)
+    assert seconds == 3
+    assert (params.flat == before).all()
+    assert not optimizer.m.any() and not optimizer.v.any()
+
+
+def test_announced_time_has_the_optimizers_share(no_picture, monkeypatch, call, fish):
+    monkeypatch.setattr(train, "fastest", lambda gradients, params, *_: (make_workers(params), 6.0))
+    monkeypatch.setattr(train, "time_update", lambda *_: 30.0)
+    done = call(train, *fish("--steps", 2, "--grad_accum", 5))
+    assert "about 2.0 minutes" in done.stderr  # 2 x (5 x 6 + 30) s
