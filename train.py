@@ -30,16 +30,16 @@ import numpy as np
 
 import encoder
 import gpt2
-from gpt2_support import checkpoint, cli, corpus, datasets, hub, run_folder, train_cli
+from gpt2_support import checkpoint, cli, corpus, datasets, hub, planning, run_folder, train_cli
 from gpt2_support.checks import check_tokenizer, check_writable
-from gpt2_support.data_parallel import DataParallel, fastest, serial
+from gpt2_support.data_parallel import DataParallel, serial
 from gpt2_support.distributed import ProcessGroup, init_process_group
 from gpt2_support.evaluation import Evaluation, measure
 from gpt2_support.evaluation_cli import measure_text, run_evaluation
 from gpt2_support.formats import llmc
 from gpt2_support.interrupts import deferred_interrupts, forgiving_output, never_fatal
 from gpt2_support.messages import write
-from gpt2_support.optimizers import OPTIMIZERS, AdamW, make_optimizer, time_update
+from gpt2_support.optimizers import OPTIMIZERS, AdamW, make_optimizer
 from gpt2_support.params import Config, Params
 from gpt2_support.run_folder import Diverged, RunFolder, saved_on_error
 from gpt2_support.runlog import RunLog
@@ -413,6 +413,7 @@ def parse_args(argv: Sequence[str] | None = None, group: ProcessGroup | None = N
     args = parser.parse_args(argv)
     train_cli.check_args(parser, args, parser.given(argv))
     args.out, args.group = train_cli.out_folder(args), group
+    args.given, args.started = parser.given(argv), time.perf_counter()
     return args
 
 
@@ -426,6 +427,7 @@ def find_tokenizer(args: Namespace) -> Encoder:
         path = hub.find_model(args.init, args.models_dir)
         return encoder.load(path if path.is_dir() else path.parent)
     if datasets.is_text(args.data):
+        planning.choose_vocabulary(args, datasets.find(args.data))
         return encoder.load(datasets.learn_tokenizer(args.data, args.n_vocab, encoder.train))
     return encoder.load(datasets.tokenizer_beside(args.data))
 
@@ -466,6 +468,15 @@ def make_state(args: Namespace, enc: Encoder, data: dict[str, str]) -> TrainStat
     return TrainState(params, config, optimizer=optimizer, data=data)
 
 
+def time_step(args: Namespace, tokens: Tokens, model: Config) -> float:
+    """Return the seconds of a step of a new model, for --minutes."""
+    config = make_config(args, model)
+    if planning.memory(model, config, gpt2.LM_HEAD_ROWS) > planning.memory_limit(args.group):
+        return math.inf
+    state, batch = TrainState(Params(model), config), DataLoader(tokens, config).batch(0)
+    return planning.fastest_step(gpt2.loss_and_grads, state, batch, args)[1]
+
+
 def train_command(args: Namespace) -> None:
     """Train as the command line asks, and say how to go on from there."""
     group, out = args.group, args.out
@@ -475,18 +486,17 @@ def train_command(args: Namespace) -> None:
         enc = find_tokenizer(args)
         tokens, val_tokens = read_tokens(args, enc)
     args.n_tokens, data = len(tokens), checkpoint.fingerprint(data=tokens, val_data=val_tokens)
+    if args.minutes and args.init == "scratch" and not args.resume:
+        planning.plan_model(args, enc.n_vocab, len(tokens), partial(time_step, args, tokens))
     state = make_state(args, enc, data)
     config, params = state.config, state.params
     loader = DataLoader(tokens, config, group.rank)
     datasets.check_validation(val_tokens)
     ids = np.array([*data.values()])
     group.check_same(data=ids, parameters=params.flat, step=np.array(state.step))
-    counts = train_cli.choose_threads(args, config, params.config.n_embd)
-    workers, seconds = fastest(
-        gpt2.loss_and_grads, params, loader.batch(0), counts, group, config.dropout
-    )
-    config.threads = workers.n_threads
-    seconds = config.grad_accum * seconds + time_update(state.optimizer, params, config, workers)
+    workers, seconds = planning.fastest_step(gpt2.loss_and_grads, state, loader.batch(0), args)
+    if args.minutes:
+        planning.plan_steps(args, state, seconds, len(tokens))
     train_cli.describe(state, len(tokens), seconds, gpt2.LM_HEAD_ROWS)
     train(state, loader, val_tokens[: config.eval_tokens], enc, out, workers)
     if state.step < config.steps and not state.is_stale:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2_support import checkpoint, cli, datasets, folders, hub, run_folder
-from gpt2_support.data_parallel import thread_counts
 from gpt2_support.messages import info
 from gpt2_support.params import Config, named_shapes
+from gpt2_support.planning import memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -65,7 +65,7 @@ def make_parser(
         "exits; --resume goes on, to the same result as if the run had never stopped.",
         usage="%(prog)s --data PATH [flags]\n       %(prog)s --resume --out PATH [flags]",
         examples=[
-            "python train.py --data stories.txt",
+            "python train.py --data stories.txt --minutes 10",
             "python train.py --data stories.txt --n_layer 6 --n_embd 192 --steps 8000",
             "python train.py --data letters.txt --init 124M --out models/letters",
             "python train.py --resume --out models/letters",
@@ -125,6 +125,10 @@ def make_parser(
         "training",
         ("steps", positive, "steps of the optimizer in all"),
         ("epochs", cli.positive_number, "passes over the data, for --steps (default: as it says)"),
+        ("minutes", cli.positive_number, "choose what is not given so that the validation loss is "
+         "lowest after this time: from scratch the vocabulary, the model, its batch and dropout; "
+         "always the steps. Reading the text, validations and checkpoints are within the time. "
+         "With --resume: so many minutes more (without: the steps that are left)"),
         ("batch_size", positive, "windows at a time, shared by all ranks under mpiexec"),
         ("seq_len", positive, "tokens a window (default: n_ctx, or at most 256 to fine-tune)"),
         ("grad_accum", positive, "batches a step, their gradients averaged"),
@@ -215,6 +219,7 @@ def ignored_flags(args: Namespace, given: set[str]) -> Iterator[tuple[str, str]]
         (not args.resume and args.init != "scratch", MODEL, "the model of --init has its own"),
         (args.optimizer != "muon", {"muon_lr", "momentum"}, "it belongs to --optimizer muon"),
         (args.epochs, {"steps"}, "--epochs gives the steps"),
+        (args.minutes, {"steps", "epochs"}, "--minutes gives the steps"),
         (args.tokenizer, {"n_vocab"}, "--tokenizer has its own vocabulary"),
     ]
     for flag, paths in (("n_vocab", [args.data]), ("docs", [args.data, args.val_data])):
@@ -278,14 +283,6 @@ def check_division(args: Namespace) -> None:
         )
 
 
-def choose_threads(args: Namespace, config: Any, n_embd: int) -> list[int]:
-    """Return the numbers of threads to try: that of --threads, or of the run that goes on."""
-    if args.threads:
-        return [args.threads]
-    n_rows = config.batch_size // config.ranks
-    return thread_counts(n_rows, config.seq_len, n_embd, args.group.n_cores)
-
-
 def check_same_run(args: Namespace, model: Config, data: dict[str, str]) -> None:
     """Raise ValueError if --resume is to go on with another model or other data."""
     if model != args.state.params.config:
@@ -310,23 +307,14 @@ def describe(state: Any, n_tokens: int, seconds: float, head_rows: int) -> None:
     ranks, threads = config.ranks, config.threads
     who = f" in each of {ranks} ranks" if ranks > 1 else ""
     n_params = sum(math.prod(shape) for _, shape in named_shapes(model))
+    n_bytes = memory(model, config, head_rows, state.optimizer.m.size)
     info(
         f"{n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} "
         f"channels, {model.n_ctx} tokens of context, a vocabulary of {model.n_vocab}\n"
         f"{steps} steps of {config.tokens_per_step} tokens, {n_passes:.1f} passes over {n_tokens}, "
         f"at a learning rate of {config.lr:.2g}: about {steps * seconds / 60:.1f} minutes and "
-        f"{memory(state, n_params, head_rows) / 1e6:.0f} MB of memory{who}, threads: {threads}"
+        f"{n_bytes / 1e6:.0f} MB of memory{who}, threads: {threads}"
     )
-
-
-def memory(state: Any, n_params: int, head_rows: int) -> int:
-    """Return about how many bytes a rank needs: parameters, gradients, moments, activations."""
-    model, config = state.params.config, state.config
-    buffers = (1 + config.threads) * n_params + 2 * state.optimizer.m.size
-    n_rows = config.batch_size // config.ranks * config.seq_len
-    per_row = model.n_layer * (20 * model.n_embd + model.n_head * config.seq_len)
-    logits = config.threads * min(head_rows, n_rows // config.threads) * model.n_vocab
-    return 4 * (buffers + n_rows * per_row + logits)
 
 
 def say_stopped(step: int, args: Namespace) -> None:

@@ -287,6 +287,17 @@ def test_command_on_two_ranks_does_what_one_process_does(no_picture, mpi, call, 
 
 
 @pytest.mark.thorough
+def test_command_chooses_by_the_time_on_two_ranks(no_picture, mpi, fish, text):
+    out = text.parent / "timed"
+    program = fish()[0]
+    done = mpi(2, program, "--data", text, "--out", out, "--minutes", 1, "--n_ctx", 32)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("--minutes 1: 2 layers of 32 channels") == 1  # rank 0 alone tells
+    config = train.load_checkpoint(out).config
+    assert (config.batch_size, config.seq_len, config.ranks) == (32, 32, 2)
+
+
+@pytest.mark.thorough
 def test_eval_only_on_two_ranks_prints_what_one_process_prints(mpi, call, fish, text):
     assert call(train, *fish()[1:]).returncode == 0
     flags = ("--eval_only", "--init", text.parent / "fish", "--data", text)

@@ -10,7 +10,7 @@ from helpers import TINY, take_steps
 
 import gpt2
 import train
-from gpt2_support import optimizers
+from gpt2_support import optimizers, planning
 from gpt2_support.data_parallel import DataParallel
 from gpt2_support.distributed import ProcessGroup
 from gpt2_support.params import Config, Params, n_params
@@ -277,7 +277,7 @@ def test_time_update_takes_the_faster_step_and_leaves_the_run_alone(monkeypatch,
 
 
 def test_announced_time_has_the_optimizers_share(no_picture, monkeypatch, call, fish):
-    monkeypatch.setattr(train, "fastest", lambda gradients, params, *_: (make_workers(params), 6.0))
-    monkeypatch.setattr(train, "time_update", lambda *_: 30.0)
+    monkeypatch.setattr(planning, "fastest", lambda _, params, *__: (make_workers(params), 6.0))
+    monkeypatch.setattr(planning, "time_update", lambda *_: 30.0)
     done = call(train, *fish("--steps", 2, "--grad_accum", 5))
     assert "about 2.0 minutes" in done.stderr  # 2 x (5 x 6 + 30) s

@@ -1,0 +1,247 @@
+"""What `train.py --minutes` chooses: the vocabulary, the model, the batch and the steps.
+
+A model that is too large reads too little in the time; one that is too small has long learned what
+it can. So models are tried from the smallest on: a step of each is timed, which tells how much it
+would read. The choice is the largest that reads enough for its size. The runs behind the constants
+are in docs/training.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from gpt2_support.data_parallel import DataParallel, fastest, thread_counts
+from gpt2_support.messages import info
+from gpt2_support.optimizers import time_update
+from gpt2_support.params import Config, n_params
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from numpy import ndarray
+
+    from gpt2_support.distributed import ProcessGroup
+
+EVERY = ("eval_every", "save_every", "sample_every")
+SHAPE = ("n_layer", "n_head", "n_embd", "n_ctx")
+MODELS = (  # of these shapes, the smallest first
+    (2, 2, 32, 128),
+    (3, 4, 64, 128),
+    (4, 4, 96, 128),
+    (4, 4, 128, 128),
+    (4, 6, 192, 128),
+    (6, 4, 256, 256),
+    (6, 6, 384, 256),
+    (8, 8, 512, 256),
+    (12, 12, 768, 512),
+)
+TOKENS_PER_PARAMETER = 1.0  # that a model is to read, of the parameters of its blocks
+TOKENS_PER_STEP, MAX_STEPS = 1024, 4000  # with more steps than that, the batch is doubled
+WORTH_OF_PASSES = 15  # however often a text is read, that is worth this many other texts
+MAX_PASSES = 40
+DROPOUT, DROPOUT_PASSES = 0.1, 4  # the dropout of a text that is read so many times
+REPORTS = 10  # validations and checkpoints, which take a tenth of the time at most
+REPORT_SECONDS = 0.3, 2e-7  # of a checkpoint, the best model and a sample; for each parameter
+VOCABULARIES = ((4096, 10_000_000), (1024, 300_000), (512, 100_000))  # size, from so many bytes on
+
+
+# ----------------------------------------------------------------------------------------------
+# The rules
+
+
+def worth(n_read: float, n_tokens: int) -> float:
+    """Return how many new tokens teach as much as n_read tokens of a text of n_tokens.
+
+    Reading it R times more after the first pass is worth R* (1 - exp(-R / R*)) such texts, with
+    R* = 15: the fifth pass nearly as much as the first, the fiftieth nothing. Muennighoff et al.
+    2023, arXiv:2305.16264.
+    """
+    again = max(0.0, n_read / n_tokens - 1)
+    n_texts = WORTH_OF_PASSES * (1 - math.exp(-again / WORTH_OF_PASSES))
+    return min(n_read, n_tokens) + n_texts * n_tokens
+
+
+def choose_model(
+    models: Iterable[Config], n_read: Callable[[Config], float], n_tokens: int
+) -> Config:
+    """Return the largest of some models, the smallest first, that reads enough for its size.
+
+    n_read(model) are the tokens that it reads in the time, of a text of n_tokens. By their worth
+    there are to be TOKENS_PER_PARAMETER for each parameter of its blocks. The first model that
+    reads less ends the search, unless it is the smallest.
+    """
+    best = None
+    for model in models:
+        n_enough = TOKENS_PER_PARAMETER * 12 * model.n_layer * model.n_embd**2
+        if best and worth(n_read(model), n_tokens) < n_enough:
+            break
+        best = model
+    assert best, "there is no model to choose"
+    return best
+
+
+def candidates(given: dict[str, int], n_vocab: int) -> list[Config]:
+    """Return the models to try: MODELS, but for what is given of n_layer, n_head, ..."""
+    models = []
+    for values in MODELS:
+        shape = dict(zip(SHAPE, values, strict=True)) | given
+        n_head, n_embd = shape["n_head"], shape["n_embd"]
+        if "n_embd" not in given:
+            shape["n_embd"] = -(-n_embd // n_head) * n_head
+        elif "n_head" not in given:
+            shape["n_head"] = next(n for n in range(n_head, 0, -1) if n_embd % n == 0)
+        models.append(Config(n_vocab, **shape))
+    return [*dict.fromkeys(models)]
+
+
+def memory(model: Config, config: Any, head_rows: int, n_moments: int | None = None) -> int:
+    """Return about how many bytes a rank needs: parameters, gradients, moments, activations.
+
+    config is a train.TrainConfig, head_rows gpt2's; n_moments are the values of m and v, each.
+    """
+    n = n_params(model)
+    buffers = (1 + config.threads) * n + 2 * (n if n_moments is None else n_moments)
+    n_rows = config.batch_size // config.ranks * config.seq_len
+    per_row = model.n_layer * (20 * model.n_embd + model.n_head * config.seq_len)
+    logits = config.threads * min(head_rows, n_rows // config.threads) * model.n_vocab
+    return 4 * (buffers + n_rows * per_row + logits)
+
+
+def memory_limit(group: ProcessGroup) -> float:
+    """Return the bytes that a rank may need: its part of half of the memory of its machine.
+
+    The smallest of all ranks; infinity if it cannot be told.
+    """
+    try:
+        n_bytes = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # on Windows
+        n_bytes = math.inf
+    return min(group.all_gather(n_bytes)) / 2 / group.size
+
+
+# ----------------------------------------------------------------------------------------------
+# The speed of a machine
+
+
+def fastest_step(
+    loss_and_grads: Callable, state: Any, batch: tuple[ndarray, ndarray], args: Namespace
+) -> tuple[DataParallel, float]:
+    """Return the threads that are fastest on a batch, and the seconds of a step with them.
+
+    It sets the threads of the state, a train.TrainState, too: --threads, or else those tried.
+    """
+    config, params = state.config, state.params
+    n_rows, n_embd = config.batch_size // config.ranks, params.config.n_embd
+    counts = thread_counts(n_rows, config.seq_len, n_embd, args.group.n_cores)
+    counts = [args.threads] if args.threads else counts
+    workers, seconds = fastest(loss_and_grads, params, batch, counts, args.group, config.dropout)
+    config.threads = workers.n_threads
+    update = time_update(state.optimizer, params, config, workers)
+    return workers, config.grad_accum * seconds + update
+
+
+# ----------------------------------------------------------------------------------------------
+# The plan of a run
+
+
+def seconds_left(args: Namespace) -> float:
+    """Return the seconds until --minutes have passed since the start, the same on all ranks."""
+    return args.group.all_gather(60 * args.minutes - (time.perf_counter() - args.started))[0]
+
+
+def choose(args: Namespace, settings: Any, **values: Any) -> None:
+    """Set values of some settings, args itself say, but for the flags that are given."""
+    vars(settings).update({name: x for name, x in values.items() if name not in args.given})
+
+
+def choose_vocabulary(args: Namespace, text: Path) -> None:
+    """Choose --n_vocab for --minutes: 257 are the bytes and end-of-text alone."""
+    n_bytes = text.stat().st_size
+    n_vocab = next((n for n, enough in VOCABULARIES if n_bytes >= enough), 257)
+    choose(args, args, n_vocab=n_vocab if args.minutes else args.n_vocab)
+
+
+def choose_batch(args: Namespace, model: Config, n_tokens: int, n_steps: float = 1) -> None:
+    """Choose --batch_size: of TOKENS_PER_STEP, doubled until n_steps become MAX_STEPS at most.
+
+    n_tokens are those of the text, which has to fill a batch.
+    """
+    seq_len, ranks = args.seq_len or model.n_ctx, args.group.size
+    n_doubled = math.ceil(math.log2(max(1, n_steps / MAX_STEPS)))
+    n_windows = min(TOKENS_PER_STEP * 2**n_doubled, n_tokens - 1) // seq_len
+    choose(args, args, batch_size=max(1, n_windows // ranks) * ranks)
+
+
+def plan_model(
+    args: Namespace, n_vocab: int, n_tokens: int, time_step: Callable[[Config], float]
+) -> None:
+    """Choose model, batch and dropout, but for the flags that are given, and say why.
+
+    n_tokens are those of the data. time_step(model) are the seconds of a step with the flags of
+    args, or infinity if it does not fit into memory. All ranks choose the same.
+    """
+    left = seconds_left(args)
+
+    def tokens_per_step(model: Config) -> int:
+        return args.batch_size * (args.seq_len or model.n_ctx) * args.grad_accum
+
+    @functools.cache
+    def n_read(model: Config) -> float:
+        choose_batch(args, model, n_tokens)
+        return left / time_step(model) * tokens_per_step(model)
+
+    given = {name: vars(args)[name] for name in SHAPE if name in args.given}
+    model = choose_model(candidates(given, n_vocab), n_read, n_tokens)
+    n_passes = n_read(model) / n_tokens
+    choose_batch(args, model, n_tokens)
+    choose_batch(args, model, n_tokens, n_read(model) / tokens_per_step(model))
+    vars(args).update({name: vars(model)[name] for name in SHAPE})
+    choose(args, args, dropout=DROPOUT if n_passes > DROPOUT_PASSES else 0.0)
+    info(
+        f"--minutes {args.minutes:g}: {model.n_layer} layers of {model.n_embd} channels, of those "
+        f"tried the largest that reads {TOKENS_PER_PARAMETER:g} tokens for each parameter of its "
+        f"layers; dropout {args.dropout:g} for about {n_passes:.1f} passes over the text"
+    )
+
+
+def plan_steps(args: Namespace, state: Any, seconds: float, n_tokens: int) -> None:
+    """Choose how many steps a train.TrainState takes in the time that is left, and its reports.
+
+    seconds are those of a step, n_tokens those of the data. The passes are MAX_PASSES at most. A
+    run that is resumed reports as before. Raises ValueError if there is no time for a step.
+    """
+    config, left = state.config, seconds_left(args)
+    n_reports, report = plan_reports(left, n_params(state.params.config))
+    n_steps = int((0.95 * left - n_reports * report) / seconds)
+    if n_steps < 1:
+        raise ValueError(
+            f"--minutes {args.minutes:g}: {max(0, left):.0f} s are left, and a step takes "
+            f"{seconds:.2g} s: give more, or a smaller model or batch"
+        )
+    n_most = math.ceil(MAX_PASSES * n_tokens / config.tokens_per_step)
+    if n_steps > n_most:
+        info(f"--minutes {args.minutes:g}: the run ends before, with {MAX_PASSES} passes")
+        n_steps = n_most
+    config.steps = state.step + n_steps
+    if not args.resume:
+        every = dict.fromkeys(EVERY, math.ceil(n_steps / n_reports))
+        validation = 3 * 0.05 * left / n_reports / seconds  # of a step, a third is the forward
+        n_eval = min(config.eval_tokens, 2 + int(validation * config.tokens_per_step))
+        warmup = min(config.warmup, n_steps // 10)
+        choose(args, config, **every, eval_tokens=n_eval, warmup=warmup)
+
+
+def plan_reports(left: float, n_params: int) -> tuple[int, float]:
+    """Return how many reports a run makes in so many seconds, and those of one, validation apart.
+
+    They are REPORTS, or as many as take a twentieth of the time; the validations take another.
+    """
+    fixed, for_each = REPORT_SECONDS
+    report = fixed + for_each * n_params
+    return min(REPORTS, max(1, int(0.05 * left / report))), report
