@@ -411,9 +411,9 @@ def parse_args(argv: Sequence[str] | None = None, group: ProcessGroup | None = N
     else:
         parser.set_defaults(**train_cli.defaults_of(args))
     args = parser.parse_args(argv)
-    train_cli.check_args(parser, args, parser.given(argv))
-    args.out, args.group = train_cli.out_folder(args), group
     args.given, args.started = parser.given(argv), time.perf_counter()
+    train_cli.check_args(parser, args, args.given)
+    args.out, args.group = train_cli.out_folder(args), group
     return args
 
 

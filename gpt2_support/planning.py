@@ -196,7 +196,8 @@ def plan_model(
         choose_batch(args, model, n_tokens)
         return left / time_step(model) * tokens_per_step(model)
 
-    given = {name: vars(args)[name] for name in SHAPE if name in args.given}
+    given = {"n_ctx": args.seq_len} if args.seq_len else {}
+    given |= {name: vars(args)[name] for name in SHAPE if name in args.given}
     model = choose_model(candidates(given, n_vocab), n_read, n_tokens)
     n_passes = n_read(model) / n_tokens
     choose_batch(args, model, n_tokens)

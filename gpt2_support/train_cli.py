@@ -125,10 +125,10 @@ def make_parser(
         "training",
         ("steps", positive, "steps of the optimizer in all"),
         ("epochs", cli.positive_number, "passes over the data, for --steps (default: as it says)"),
-        ("minutes", cli.positive_number, "choose what is not given so that the validation loss is "
-         "lowest after this time: from scratch the vocabulary, the model, its batch and dropout; "
-         "always the steps. Reading the text, validations and checkpoints are within the time. "
-         "With --resume: so many minutes more (without: the steps that are left)"),
+        ("minutes", cli.positive_number, "choose what is not given for a low validation loss after "
+         "this time: from scratch the vocabulary, the model, batch and dropout; always the steps. "
+         "The time includes reading the text, validations and checkpoints. With --resume it is "
+         "added to what the run has had; without it, a run ends as planned (default: no plan)"),
         ("batch_size", positive, "windows at a time, shared by all ranks under mpiexec"),
         ("seq_len", positive, "tokens a window (default: n_ctx, or at most 256 to fine-tune)"),
         ("grad_accum", positive, "batches a step, their gradients averaged"),

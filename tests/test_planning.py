@@ -160,6 +160,14 @@ def test_plan_model_keeps_what_is_given(still):
     assert vars(args) == vars(args) | flags
 
 
+@pytest.mark.parametrize("flags, n_ctx", [({"seq_len": 300}, 300), ({"n_ctx": 400}, 400)])
+def test_plan_model_has_room_for_the_windows(still, flags, n_ctx):
+    args = make_args(given=flags, started=0.0, **flags)
+    planning.plan_model(args, 300, 10**9, time_by_size)
+    assert args.n_ctx == n_ctx
+    assert n_ctx * args.batch_size <= planning.TOKENS_PER_STEP * 2**10
+
+
 def test_plan_model_leaves_out_what_does_not_fit(still):
     args = make_args(started=0.0)
     planning.plan_model(args, 300, 10**9, lambda model: 1e-3 if model.n_embd < 96 else math.inf)
