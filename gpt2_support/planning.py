@@ -32,8 +32,10 @@ EVERY = ("eval_every", "save_every", "sample_every")
 SHAPE = ("n_layer", "n_head", "n_embd", "n_ctx")
 MODELS = (  # of these shapes, the smallest first
     (2, 2, 32, 128),
+    (2, 3, 48, 128),
+    (2, 4, 64, 128),
     (3, 4, 64, 128),
-    (4, 4, 96, 128),
+    (3, 4, 96, 128),
     (4, 4, 128, 128),
     (4, 6, 192, 128),
     (6, 4, 256, 256),
@@ -41,7 +43,7 @@ MODELS = (  # of these shapes, the smallest first
     (8, 8, 512, 256),
     (12, 12, 768, 512),
 )
-TOKENS_PER_PARAMETER = 1.0  # that a model is to read, of the parameters of its blocks
+TOKENS_PER_PARAMETER = 20  # that a model is to read; Hoffmann et al. 2022, arXiv:2203.15556
 TOKENS_PER_STEP, MAX_STEPS = 1024, 4000  # with more steps than that, the batch is doubled
 WORTH_OF_PASSES = 15  # however often a text is read, that is worth this many other texts
 MAX_PASSES = 40
