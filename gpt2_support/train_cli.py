@@ -26,7 +26,6 @@ FINE_TUNING = {  # the defaults that differ where --init names a model
     "steps": 200,
     "batch_size": 4,
     "lr": 5e-5,
-    "warmup": 20,
     "eval_every": 50,
     "eval_tokens": 10_000,
     "save_every": 50,
@@ -44,6 +43,7 @@ DEFAULTS = {  # of the flags that are no settings of a run, or depend on the mod
     "lr": None,
     "min_lr": None,
     "optimizer": "muon",
+    "warmup": None,
     "muon_lr": None,
     "threads": None,
 }
@@ -135,7 +135,8 @@ def make_parser(
         ("order", ["random", "sequential"], "how windows follow each other"),
         ("lr", number, "the highest learning rate (default: 0.5 / n_embd from scratch)"),
         ("min_lr", number, "the learning rate at the end (default: a tenth of --lr)"),
-        ("warmup", natural, "steps until the highest learning rate"),
+        ("warmup", natural, "steps until the highest learning rate (default: a tenth of --steps, "
+         "100 at most)"),
         ("decay_steps", positive, "steps until --min_lr (default: --steps)"),
         ("optimizer", [*optimizers], "muon changes the matrices of the blocks in all directions "
          "alike, which takes fewer steps, and leaves the rest to AdamW"),
@@ -256,13 +257,25 @@ def fit_to_model(args: Namespace, model: Config) -> dict[str, Any]:
     lr = 0.5 / model.n_embd if args.lr is None else args.lr  # 0.03 for 16 channels, 6.5e-4 for 768
     muon_lr = 0.04 * model.n_embd * lr if args.muon_lr is None else args.muon_lr
     min_lr = lr / 10 if args.min_lr is None else args.min_lr
+    if args.resume:
+        min_lr, muon_lr = rates_in_proportion(args, min_lr, muon_lr)
+    steps = steps_of(args, seq_len) if args.epochs else args.steps
+    warmup = min(100, steps // 10) if args.warmup is None else args.warmup
     paths = {"data": args.data, "val_data": args.val_data}
     return {
         **{name: path and str(datasets.find(Path(path)).resolve()) for name, path in paths.items()},
         **{"seq_len": seq_len, "lr": lr, "min_lr": min_lr, "muon_lr": muon_lr},
-        **({"steps": steps_of(args, seq_len)} if args.epochs else {}),
-        **{"ranks": group.size, "threads": args.threads or 1},
+        **{"steps": steps, "warmup": warmup, "ranks": group.size, "threads": args.threads or 1},
     }
+
+
+def rates_in_proportion(args: Namespace, min_lr: float, muon_lr: float) -> tuple[float, float]:
+    """Return the other rates of a run that goes on with another --lr; those given stay."""
+    factor = args.lr / args.state.config.lr if args.state.config.lr else 1
+    return (
+        min_lr if "min_lr" in args.given else factor * min_lr,
+        muon_lr if "muon_lr" in args.given else factor * muon_lr,
+    )
 
 
 def steps_of(args: Namespace, seq_len: int) -> int:

@@ -245,6 +245,30 @@ def test_muon_lr_is_in_proportion_to_lr(no_picture, call, fish, out):
     assert train.load_checkpoint(out).config.muon_lr == 0.5
 
 
+def test_other_rates_follow_the_lr_of_a_resumed_run(no_picture, call, fish, out):
+    muon = ("--optimizer", "muon", "--steps", 1, "--lr", 0.08, "--muon_lr", 0.4, "--min_lr", 0.02)
+    assert call(train, *fish(*muon)).returncode == 0
+    for flags, expected in (
+        ((), (0.08, 0.4, 0.02)),
+        (("--lr", 0.04), (0.04, 0.2, 0.01)),
+        (("--lr", 0.08, "--min_lr", 0.03), (0.08, 0.4, 0.03)),
+    ):
+        steps = train.load_checkpoint(out).step + 1
+        assert call(train, "--resume", "--out", out, "--steps", steps, *flags).returncode == 0
+        config = train.load_checkpoint(out).config
+        assert (config.lr, config.muon_lr, config.min_lr) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("steps", "flags", "warmup"), [(30, (), 3), (1500, (), 100), (30, (9,), 9)]
+)
+def test_warmup_is_a_tenth_of_a_short_run(steps, flags, warmup, text):
+    argv = ["--data", str(text), "--n_vocab", "300", "--steps", str(steps)]
+    argv += [text for value in flags for text in ("--warmup", str(value))]
+    args = train.parse_args(argv)
+    assert train.make_config(args, Config(300)).warmup == warmup
+
+
 def test_command_refuses_what_does_not_fit_muon(call, fish, out):
     adamw = ("--optimizer", "adamw")
     cases = [
