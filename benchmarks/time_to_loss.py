@@ -30,7 +30,7 @@ OURS = (
     "--sample_every 1000000 --save_every 1000000"
 )
 NANOGPT_LOSS = """
-import json, sys
+import sys
 import numpy as np, torch
 from model import GPT, GPTConfig
 saved = torch.load(sys.argv[1] + "/ckpt.pt", weights_only=False)
@@ -43,7 +43,7 @@ with torch.no_grad():
     for at in range(0, len(ids) - 1, 64):  # windows one after the other, as ours validates
         x, y = ids[at : at + 64][: len(ids) - 1 - at], ids[at + 1 : at + 65]
         losses.append((float(model(x[None], y[None])[1]), len(y)))
-print(json.dumps(sum(loss * n for loss, n in losses) / sum(n for _, n in losses)))
+print(sum(loss * n for loss, n in losses) / sum(n for _, n in losses))
 """
 
 
@@ -84,7 +84,7 @@ def train_nanogpt(args, folder, env):
     )
     if final.returncode:
         raise run.Problem(f"nanoGPT's checkpoint: {final.stderr.strip().splitlines()[-1]}")
-    return {"seconds": seconds, "points": points, "loss": json.loads(final.stdout)}
+    return {"seconds": seconds, "points": points, "loss": float(final.stdout.split()[-1])}
 
 
 def train_ours(folder, env, steps):
@@ -92,7 +92,7 @@ def train_ours(folder, env, steps):
     texts = ["--data", str(folder / "train.txt"), "--val_data", str(folder / "val.txt")]
     out = str(folder / f"ours-{steps}")
     argv = [sys.executable, "train.py", *texts, *OURS.split(), "--out", out, "--steps", str(steps)]
-    argv += ["--eval_every", str(max(1, steps // 8))]
+    argv += ["--eval_every", str(max(1, steps // 5))]
     pattern = rb"step (\d+): validation loss ([\d.]+)"
     seconds, points = timed_losses(argv, pattern, run.ROOT, env)
     argv = [sys.executable, "train.py", "--eval_only", "--init", out, "--data", texts[3]]
