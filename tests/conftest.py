@@ -1,11 +1,12 @@
 """What the test files share: quick and thorough runs, the reference data, commands.
 
 `pytest` is the quick run. `pytest --thorough` is everything: also the tests marked `thorough`, more
-examples of each property, and calls checked against annotations, but where the same repeat. Both
+examples of each property, and calls checked against annotations, but the many that repeat. Both
 use all cores, where pytest-xdist is installed; `-n 0` or the name of a test file keeps to one.
 """
 
 import collections
+import functools
 import inspect
 import itertools
 import os
@@ -65,6 +66,10 @@ def pytest_configure(config):
         import_checked()
 
 
+def pytest_runtest_setup(item):
+    n_calls.clear()
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--thorough"):
         return
@@ -94,6 +99,7 @@ def import_checked():
         import train  # noqa: F401 (which imports the others)
 
 
+n_calls = collections.Counter()  # of a function with arguments of some shapes, in this test
 REFUSE_BAD_VALUES = ("__init__", "generate", "decode")  # with ValueError, which tests ask for
 
 
@@ -115,9 +121,29 @@ def check_most(jaxtyped):
 
     def decorator(*, typechecker):
         decorate = jaxtyped(typechecker=typechecker)
-        return lambda function: decorate(function) if is_checked(function) else function
+
+        def decorate_most(function):
+            return check_some(function, decorate(function)) if is_checked(function) else function
+
+        return decorate_most
 
     return decorator
+
+
+def check_some(function, checked):
+    """Return a function that checks some of its calls: a check takes longer than a small layer.
+
+    In each test these are the first three with arguments of the same shapes, then every hundredth.
+    """
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        same = (function, *[getattr(value, "shape", None) for value in args])
+        n_calls[same] += 1
+        is_due = n_calls[same] <= 3 or n_calls[same] % 100 == 0
+        return (checked if is_due else function)(*args, **kwargs)
+
+    return call
 
 
 def checked_modules():

@@ -6,13 +6,10 @@ The fixtures are in conftest.py; among them `call`, which runs a command in this
 `run`, which starts an interpreter for it.
 """
 
-import contextlib
-import inspect
 import io
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -48,25 +45,6 @@ def random_params(config=CONFIG, dtype=np.float64, seed=0, scale=0.3):
 def random_tokens(*shape, config=CONFIG, seed=1):
     """Return ids of the vocabulary of a config, int64."""
     return np.random.default_rng(seed).integers(config.n_vocab, size=shape)
-
-
-@contextlib.contextmanager
-def unchecked():
-    """Leave out the checks of types within the block, where the same functions run very often.
-
-    In a thorough run, that is: they take 50 times as long as a small layer. The calls before and
-    after are checked.
-    """
-    import gpt2
-    from gpt2_support import checks, tiles
-
-    with contextlib.ExitStack() as stack:
-        for module in (gpt2, blas, checks, tiles):
-            for name, function in inspect.getmembers(module, inspect.isfunction):
-                if hasattr(function, "__wrapped__"):
-                    plain = inspect.unwrap(function)
-                    stack.enter_context(mock.patch.object(module, name, plain))
-        yield
 
 
 def take_steps(state, loader, until=None, threads=1):

@@ -17,7 +17,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from helpers import CONFIG, normal, only_thorough, random_params, random_tokens, unchecked
+from helpers import CONFIG, normal, only_thorough, random_params, random_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted import script_model
@@ -49,14 +49,13 @@ def numeric_gradient(function, x, step=5e-4):
     Its error is of order step^4 (Abramowitz and Stegun 1964, 25.3.6).
     """
     gradient = np.empty(x.shape)
-    with unchecked():
-        for i in np.ndindex(x.shape):
-            old, values = x[i], []
-            for steps in (-2, -1, 1, 2):
-                x[i] = old + steps * step
-                values.append(function())
-            x[i] = old
-            gradient[i] = (8 * (values[2] - values[1]) - (values[3] - values[0])) / (12 * step)
+    for i in np.ndindex(x.shape):
+        old, values = x[i], []
+        for steps in (-2, -1, 1, 2):
+            x[i] = old + steps * step
+            values.append(function())
+        x[i] = old
+        gradient[i] = (8 * (values[2] - values[1]) - (values[3] - values[0])) / (12 * step)
     return gradient
 
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from helpers import normal, only_thorough, random_params, random_tokens, unchecked
+from helpers import normal, only_thorough, random_params, random_tokens
 
 import gpt2
 from gpt2_support.params import Config
@@ -150,8 +150,7 @@ def n_draws(thorough):
 def frequencies(logits, n_draws, **sampling):
     """How often each id is drawn, over numbers spread evenly: within 1 / n_draws of its chance."""
     rng = FakeRng(*((i + 0.5) / n_draws for i in range(n_draws)))
-    with unchecked():
-        drawn = [gpt2.sample(logits, rng, **sampling) for _ in range(n_draws)]
+    drawn = [gpt2.sample(logits, rng, **sampling) for _ in range(n_draws)]
     return np.bincount(drawn, minlength=len(logits)) / n_draws
 
 
@@ -228,8 +227,7 @@ def test_sample_frequencies_are_the_probabilities(sampling, dtype, n_draws):
 def test_sample_from_a_generator_fits_the_probabilities():
     logits, rng, n_draws = normal(10), np.random.default_rng(0), 20000
     expected = n_draws * reference_probs(logits, 0.8)
-    with unchecked():
-        drawn = [gpt2.sample(logits, rng, 0.8) for _ in range(n_draws)]
+    drawn = [gpt2.sample(logits, rng, 0.8) for _ in range(n_draws)]
     chi_square = ((np.bincount(drawn, minlength=10) - expected) ** 2 / expected).sum()
     assert chi_square < 27.9  # 9 degrees of freedom: exceeded once in a thousand seeds
 
@@ -430,8 +428,7 @@ def test_generate_of_a_batch_gives_what_each_prompt_gives_alone(sampling, thorou
         own = dict(sampling)
         if "seed" in sampling:
             own["seed"] += b
-        with unchecked():
-            alone = list(gpt2.generate(params, prompt, n_tokens, eot=60, **own))
+        alone = list(gpt2.generate(params, prompt, n_tokens, eot=60, **own))
         row = [ids[b] for ids in steps]
         assert row[: len(alone)] == alone
         assert row[len(alone) :] == [60] * (len(row) - len(alone))
@@ -631,10 +628,9 @@ def test_generate_refuses_a_mixture_and_a_negative_count():
 def test_generate_leaves_out_the_ids_that_the_tokenizer_has_not():
     params = random_params()
     options = {"temperature": 5.0, "seed": 0, "eot": None, "repetition_penalty": 1.5}
-    with unchecked():
-        assert max(gpt2.generate(params, [5], 80, **options)) > 30
-        assert max(gpt2.generate(params, [5], 80, n_vocab=30, **options)) == 29
-        assert max(gpt2.generate(params, [5, 60], 80, n_vocab=30, **options)) == 29
+    assert max(gpt2.generate(params, [5], 80, **options)) > 30
+    assert max(gpt2.generate(params, [5], 80, n_vocab=30, **options)) == 29
+    assert max(gpt2.generate(params, [5, 60], 80, n_vocab=30, **options)) == 29
 
 
 def test_generate_takes_the_last_id_that_n_vocab_leaves_for_end_of_text():

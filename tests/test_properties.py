@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import openai_files
 import pytest
-from helpers import ROOT, random_params, take_steps, unchecked
+from helpers import ROOT, random_params, take_steps
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -191,8 +191,7 @@ def test_any_ragged_rows_equal_each_alone(data, config, n_rows):
         parts = [row[at : at + n] for row, at in zip(rows, starts, strict=True)]
         logits = gpt2.forward(params, np.array(parts), kv)
         for row, at, together in zip(rows, starts, logits, strict=True):
-            with unchecked():
-                alone = gpt2.forward(params, row[: at + n])[at:]
+            alone = gpt2.forward(params, row[: at + n])[at:]
             np.testing.assert_allclose(together, alone, **CLOSE)
 
 
@@ -212,11 +211,9 @@ def test_any_batch_of_prompts_generates_what_each_does_alone(data, config, n_row
             }
         )
     )
-    with unchecked():  # tests of one batch check the types
-        steps = list(gpt2.generate(params, prompts, n_tokens, seed=5, **sampling))
+    steps = list(gpt2.generate(params, prompts, n_tokens, seed=5, **sampling))
     for b, prompt in enumerate(prompts):
-        with unchecked():
-            alone = list(gpt2.generate(params, prompt, n_tokens, seed=5 + b, **sampling))
+        alone = list(gpt2.generate(params, prompt, n_tokens, seed=5 + b, **sampling))
         together = [ids[b] for ids in steps]
         assert together[: len(alone)] == alone
         assert set(together[len(alone) :]) <= {sampling["eot"]}
@@ -231,8 +228,7 @@ def test_any_gradients_accumulate(data, config, n_batches, n_rows):
     y = draw_tokens(data, config, n_batches * n_rows, T)
     losses = []
     for rows in np.split(np.arange(len(x)), n_batches):
-        with unchecked():
-            loss, total = gpt2.loss_and_grads(params, x[rows], y[rows], total)
+        loss, total = gpt2.loss_and_grads(params, x[rows], y[rows], total)
         losses.append(loss)
     whole_loss, whole = gpt2.loss_and_grads(params, x, y)
     assert math.isclose(np.mean(losses), whole_loss, rel_tol=1e-12, abs_tol=1e-12)
@@ -272,8 +268,7 @@ class Fixed(np.random.Generator):
 def draws(logits, n=150, **sampling):
     """The ids that are drawn over numbers spread evenly: all of a probability above 1 / n."""
     numbers = [*(i / n for i in range(n)), 5e-324, math.nextafter(1, 0)]
-    with unchecked():
-        return [gpt2.sample(logits, Fixed(number), **sampling) for number in numbers]
+    return [gpt2.sample(logits, Fixed(number), **sampling) for number in numbers]
 
 
 def smallest_sufficient(probs, p):
