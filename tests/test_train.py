@@ -451,7 +451,7 @@ def test_command_encodes_a_text_once_until_it_changes(trained, call, fish, text)
 @pytest.mark.thorough
 def test_command_resumes_a_killed_run_bit_for_bit(fish, text, out, run, uncounted):
     whole = text.parent / "whole"
-    arguments = ("--steps", 400, "--save_every", 25, "--eval_every", 50)
+    arguments = ("--steps", 400, "--save_every", 25, "--eval_every", 50, "--sample_every", 25)
     assert run("train.py", *fish(*arguments, "--out", whole)).returncode == 0
     command = [sys.executable, str(ROOT / "train.py"), *fish(*arguments)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
