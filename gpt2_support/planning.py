@@ -43,7 +43,7 @@ MODELS = (  # of these shapes, the smallest first
     (8, 8, 512, 256),
     (12, 12, 768, 512),
 )
-TOKENS_PER_PARAMETER = 20  # that a model is to read; Hoffmann et al. 2022, arXiv:2203.15556
+TOKENS_PER_PARAMETER = 10  # that a model is to read
 TOKENS_PER_STEP, MAX_STEPS = 1024, 4000  # with more steps than that, the batch is doubled
 WORTH_OF_PASSES = 15  # however often a text is read, that is worth this many other texts
 MAX_PASSES = 40
@@ -61,8 +61,8 @@ def worth(n_read: float, n_tokens: int) -> float:
     """Return how many new tokens teach as much as n_read tokens of a text of n_tokens.
 
     Reading it R times more after the first pass is worth R* (1 - exp(-R / R*)) such texts, with
-    R* = 15: the fifth pass nearly as much as the first, the fiftieth nothing. Muennighoff et al.
-    2023, arXiv:2305.16264.
+    R* = 15: the fifth pass three quarters of the first, the fiftieth next to nothing. Muennighoff
+    et al. 2023, arXiv:2305.16264.
     """
     again = max(0.0, n_read / n_tokens - 1)
     n_texts = WORTH_OF_PASSES * (1 - math.exp(-again / WORTH_OF_PASSES))
