@@ -237,6 +237,21 @@ def test_command_trains_by_the_time(no_picture, call, text, out, monkeypatch):
     assert "layers of 32 channels, of those" not in resumed.stderr
 
 
+def test_command_tries_no_model_that_does_not_fit(no_picture, call, text, out, monkeypatch):
+    fastest, tried = planning.fastest, []
+
+    def spy(gradients, params, *more):
+        tried.append(params.config.n_embd)
+        return fastest(gradients, params, *more)
+
+    monkeypatch.setattr(planning, "fastest", spy)
+    monkeypatch.setattr(planning, "memory_limit", lambda group: 0)
+    monkeypatch.setattr(planning, "MAX_PASSES", 1)
+    done = call(train, "--data", text, "--out", out, "--minutes", 1, "--n_ctx", 16)
+    assert done.returncode == 0, done.stderr
+    assert tried == [32]  # the run itself: there is no smaller model
+
+
 def test_command_tunes_a_model_by_the_time(no_picture, trained, call, text, monkeypatch):
     monkeypatch.setattr(planning, "MAX_PASSES", 1)
     tuned, flags = text.parent / "tuned", ("--minutes", 1, "--batch_size", 8)
