@@ -102,6 +102,11 @@ def candidates(given: dict[str, int], n_vocab: int) -> list[Config]:
     return [*dict.fromkeys(models)]
 
 
+def default_warmup(n_steps: int) -> int:
+    """Return the steps in which the rate of a run rises."""
+    return min(100, n_steps // 10)
+
+
 def memory(model: Config, config: Any, head_rows: int, n_moments: int | None = None) -> int:
     """Return about how many bytes a rank needs: parameters, gradients, moments, activations.
 
@@ -236,8 +241,7 @@ def plan_steps(args: Namespace, state: Any, seconds: float, n_tokens: int) -> No
         every = dict.fromkeys(EVERY, math.ceil(n_steps / n_reports))
         validation = 3 * 0.05 * left / n_reports / seconds  # of a step, a third is the forward
         n_eval = min(config.eval_tokens, 2 + int(validation * config.tokens_per_step))
-        warmup = min(config.warmup, n_steps // 10)
-        choose(args, config, **every, eval_tokens=n_eval, warmup=warmup)
+        choose(args, config, **every, eval_tokens=n_eval, warmup=default_warmup(n_steps))
 
 
 def plan_reports(left: float, n_params: int) -> tuple[int, float]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gpt2_support import checkpoint, cli, datasets, folders, hub, run_folder
 from gpt2_support.messages import info
 from gpt2_support.params import Config, named_shapes
-from gpt2_support.planning import memory
+from gpt2_support.planning import default_warmup, memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -260,7 +260,7 @@ def fit_to_model(args: Namespace, model: Config) -> dict[str, Any]:
     if args.resume:
         min_lr, muon_lr = rates_in_proportion(args, min_lr, muon_lr)
     steps = steps_of(args, seq_len) if args.epochs else args.steps
-    warmup = min(100, steps // 10) if args.warmup is None else args.warmup
+    warmup = default_warmup(steps) if args.warmup is None else args.warmup
     paths = {"data": args.data, "val_data": args.val_data}
     return {
         **{name: path and str(datasets.find(Path(path)).resolve()) for name, path in paths.items()},

@@ -186,6 +186,9 @@ def test_plan_steps_take_the_time_with_their_reports(still):
     validations = 10 * c.eval_tokens * 0.5 / 3 / 64
     assert validations == pytest.approx(0.05 * 600, rel=0.01)
     assert c.warmup == 100
+    args = make_args(started=0.0, minutes=1)
+    planning.plan_steps(args, state, 0.5, 10**9)
+    assert c.warmup == c.steps // 10 == 10
 
 
 def test_plan_steps_keep_what_is_given(still):
