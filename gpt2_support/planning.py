@@ -89,10 +89,15 @@ def choose_model(
 
 
 def candidates(given: dict[str, int], n_vocab: int) -> list[Config]:
-    """Return the models to try: MODELS, but for what is given of n_layer, n_head, ..."""
+    """Return the models to try: MODELS, but for what is given of n_layer, n_head, ...
+
+    Heads and context, if not given, are those of the model of MODELS that is closest in width.
+    """
     models = []
     for values in MODELS:
         shape = dict(zip(SHAPE, values, strict=True)) | given
+        close = min(MODELS, key=lambda model: abs(model[2] - shape["n_embd"]))
+        shape |= {"n_head": close[1], "n_ctx": close[3]} | given
         n_head, n_embd = shape["n_head"], shape["n_embd"]
         if "n_embd" not in given:
             shape["n_embd"] = -(-n_embd // n_head) * n_head

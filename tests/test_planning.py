@@ -92,6 +92,14 @@ def test_candidates_keep_what_is_given(given):
     assert sizes == sorted(sizes)
 
 
+@pytest.mark.parametrize(
+    ("n_embd", "n_head", "n_ctx"), [(64, 4, 128), (100, 4, 128), (260, 4, 256), (1024, 8, 512)]
+)
+def test_a_given_width_decides_heads_and_context(n_embd, n_head, n_ctx):
+    found = planning.candidates({"n_layer": 3, "n_embd": n_embd}, 300)
+    assert found == [Config(300, n_ctx, n_embd, n_head, 3)]
+
+
 def test_candidates_refuse_heads_that_do_not_divide():
     with pytest.raises(ValueError, match="n_embd = 10 is not a multiple of n_head = 3"):
         planning.candidates({"n_head": 3, "n_embd": 10}, 300)
@@ -227,6 +235,7 @@ def test_plan_steps_refuse_a_time_without_a_step(still):
 def test_command_trains_by_the_time(no_picture, call, text, out, monkeypatch):
     monkeypatch.setattr(planning, "MODELS", planning.MODELS[:1])
     monkeypatch.setattr(planning, "MAX_PASSES", 2)
+    monkeypatch.setattr(planning, "MAX_STEPS", 10**9)  # a fast machine doubles the batch
     done = call(train, "--data", text, "--out", out, "--minutes", 1, "--n_ctx", 16)
     assert done.returncode == 0, done.stderr
     state = train.load_checkpoint(out)
