@@ -47,7 +47,7 @@ TOKENS_PER_PARAMETER = 10  # that a model is to read
 TOKENS_PER_STEP, MAX_STEPS = 1024, 4000  # with more steps than that, the batch is doubled
 WORTH_OF_PASSES = 15  # however often a text is read, that is worth this many other texts
 MAX_PASSES = 40
-DROPOUT, DROPOUT_PASSES = 0.1, 4  # the dropout of a text that is read so many times
+DROPOUT, DROPOUT_PASSES = 0.1, 4  # of a text that is read more often, and could be learned by heart
 REPORTS = 10  # validations and checkpoints, which take a tenth of the time at most
 REPORT_SECONDS = 0.3, 2e-7  # of a checkpoint, the best model and a sample; for each parameter
 VOCABULARIES = ((4096, 10_000_000), (1024, 300_000), (512, 100_000))  # size, from so many bytes on
@@ -215,7 +215,8 @@ def plan_model(
     choose_batch(args, model, n_tokens)
     choose_batch(args, model, n_tokens, n_read(model) / tokens_per_step(model))
     vars(args).update({name: vars(model)[name] for name in SHAPE})
-    choose(args, args, dropout=DROPOUT if n_passes > DROPOUT_PASSES else 0.0)
+    overfits = n_passes > DROPOUT_PASSES and n_params(model) > n_tokens
+    choose(args, args, dropout=DROPOUT if overfits else 0.0)
     info(
         f"--minutes {args.minutes:g}: {model.n_layer} layers of {model.n_embd} channels, of those "
         f"tried the largest that reads {TOKENS_PER_PARAMETER:g} tokens for each parameter of its "

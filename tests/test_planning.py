@@ -151,14 +151,15 @@ def time_by_size(model):
 
 def test_plan_model_is_larger_with_more_time_and_more_text(still, capsys):
     chosen = {}
-    for minutes, n_tokens in ((1, 10**9), (100, 10**9), (100, 10**4)):
+    for minutes, n_tokens in ((1, 10**9), (100, 10**9), (100, 10**4), (1, 500_000)):
         args = make_args(minutes=minutes, started=0.0)
         planning.plan_model(args, 300, n_tokens, time_by_size)
         chosen[minutes, n_tokens] = 12 * args.n_layer * args.n_embd**2, args.dropout
         assert f"{args.n_layer} layers of {args.n_embd} channels" in capsys.readouterr().err
-    (small, _), (large, none), (short, some) = chosen.values()
+    (small, _), (large, none), (short, some), (medium, also_none) = chosen.values()
     assert small < large > short
     assert none == 0 < some  # a text that is read many times
+    assert (medium, also_none) == (147_456, 0)  # read 8 times, by a model that cannot remember it
 
 
 def test_plan_model_keeps_what_is_given(still):
