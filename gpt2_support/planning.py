@@ -179,7 +179,7 @@ def choose_vocabulary(args: Namespace, text: Path) -> None:
     choose(args, args, n_vocab=n_vocab if args.minutes else args.n_vocab)
 
 
-def choose_batch(args: Namespace, model: Config, n_tokens: int, n_steps: float = 1) -> None:
+def choose_batch(args: Namespace, model: Config, n_tokens: int, n_steps: float = 1.0) -> None:
     """Choose --batch_size: of TOKENS_PER_STEP, doubled until n_steps become MAX_STEPS at most.
 
     n_tokens are those of the text, which has to fill a batch.

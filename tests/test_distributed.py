@@ -294,7 +294,9 @@ def test_command_chooses_by_the_time_on_two_ranks(no_picture, mpi, fish, text):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("--minutes 1: 2 layers of 32 channels") == 1  # rank 0 alone tells
     config = train.load_checkpoint(out).config
-    assert (config.batch_size, config.seq_len, config.ranks) == (32, 32, 2)
+    assert config.batch_size >= 32  # more where a step takes no time
+    assert config.batch_size % 2 == 0
+    assert (config.seq_len, config.ranks) == (32, 2)
 
 
 @pytest.mark.thorough

@@ -36,10 +36,10 @@ def models(*widths):
 
 
 def test_worth_of_passes_falls_from_that_of_new_text_to_none():
-    assert planning.worth(50, 100) == 50
-    assert planning.worth(100, 100) == 100
-    assert planning.worth(101, 100) == pytest.approx(101, abs=1e-3)
-    assert planning.worth(1600, 100) == pytest.approx(100 + 1500 * (1 - 1 / math.e))
+    assert planning.worth(50.0, 100) == 50
+    assert planning.worth(100.0, 100) == 100
+    assert planning.worth(101.0, 100) == pytest.approx(101, abs=1e-3)
+    assert planning.worth(1600.0, 100) == pytest.approx(100 + 1500 * (1 - 1 / math.e))
     assert planning.worth(1e6, 100) == pytest.approx(1600)
 
 
@@ -66,7 +66,7 @@ def test_choose_model_takes_the_largest_that_reads_enough(share, n_chosen, n_tri
 
 
 def test_choose_model_takes_a_smaller_one_for_a_short_text():
-    some, n_read = models(8, 16, 32, 64, 128), lambda model: 10**9
+    some, n_read = models(8, 16, 32, 64, 128), lambda model: 1e9
     chosen = [planning.choose_model(some, n_read, n).n_embd for n in (10, 10**4, 10**9)]
     assert chosen == sorted(set(chosen))
 
@@ -117,14 +117,14 @@ def test_memory_limit_is_infinite_where_it_is_not_told(monkeypatch):
 @pytest.mark.parametrize(
     "n_tokens, n_steps, ranks, expected",
     [
-        (10**6, 10, 1, 8),
-        (10**6, 4001, 1, 16),
-        (10**6, 16_000, 1, 32),
-        (10**6, 16_001, 1, 64),
-        (10**6, 10, 3, 6),
-        (10**6, 10, 16, 16),  # a window each
-        (129 + 128, 10, 1, 2),  # what fits
-        (50, 10, 1, 1),
+        (10**6, 10.0, 1, 8),
+        (10**6, 4001.0, 1, 16),
+        (10**6, 16_000.0, 1, 32),
+        (10**6, 16_001.0, 1, 64),
+        (10**6, 10.0, 3, 6),
+        (10**6, 10.0, 16, 16),  # a window each
+        (129 + 128, 10.0, 1, 2),  # what fits
+        (50, 10.0, 1, 1),
     ],
 )
 def test_batch_is_of_so_many_tokens_and_ranks(n_tokens, n_steps, ranks, expected):
