@@ -427,7 +427,8 @@ def find_tokenizer(args: Namespace) -> Encoder:
         path = hub.find_model(args.init, args.models_dir)
         return encoder.load(path if path.is_dir() else path.parent)
     if datasets.is_text(args.data):
-        planning.choose_vocabulary(args, datasets.find(args.data))
+        if args.minutes:
+            planning.choose_vocabulary(args, datasets.find(args.data))
         return encoder.load(datasets.learn_tokenizer(args.data, args.n_vocab, encoder.train))
     return encoder.load(datasets.tokenizer_beside(args.data))
 

@@ -8,9 +8,7 @@ that is not installed is left out. 355M takes 10 GB of memory; --models chooses.
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from statistics import median
 
@@ -108,24 +106,9 @@ def parse_args(argv=None):
 
 
 def main():
-    args = parse_args()
-    if args.from_json:
-        record = json.loads(args.from_json.read_text(encoding="utf-8"))
-    else:
-        with tempfile.TemporaryDirectory(prefix="gpt2-growth-") as folder:
-            record = measure(args, Path(folder))
-    text = json.dumps(record, indent=1)
-    if args.json:
-        args.json.write_text(text + "\n", encoding="utf-8")
-    if args.plot:
-        plot(record, args.plot)
-    print(text)
+    record = run.keep_record(parse_args(), measure, plot)
+    print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (run.Problem, OSError, ValueError, ImportError, subprocess.SubprocessError) as problem:
-        sys.exit(f"growth.py: error: {problem}")
+    run.start(main)

@@ -91,9 +91,9 @@ class Problem(Exception):
     """What went wrong, in one line."""
 
 
-def run_process(argv, env=None):
-    """Run a program from our folder; return its standard output, or raise Problem."""
-    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, encoding="utf-8")
+def run_process(argv, env=None, cwd=ROOT):
+    """Run a program, by default from our folder; return its standard output, or raise Problem."""
+    done = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, encoding="utf-8")
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise Problem(lines[-1])
@@ -252,6 +252,33 @@ def note(message, end="\n"):
     print(message, file=sys.stderr, end=end, flush=True)
 
 
+def keep_record(args, measure, plot):
+    """Return what measure(args, a new folder) finds, or the record in the file of --from_json.
+
+    It is written to --json, and drawn by plot(record, path) to --plot, where these are given.
+    """
+    if args.from_json:
+        record = json.loads(args.from_json.read_text(encoding="utf-8"))
+    else:
+        with tempfile.TemporaryDirectory(prefix="gpt2-bench-") as folder:
+            record = measure(args, Path(folder))
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(record, args.plot)
+    return record
+
+
+def start(main):
+    """Call the main function of a program; a problem ends it with one line, Ctrl-C with 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (Problem, OSError, ValueError, ImportError, subprocess.SubprocessError) as problem:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {problem}")
+
+
 # ----------------------------------------------------------------------------------------------
 # The command line
 
@@ -372,9 +399,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (Problem, OSError, ValueError, ImportError) as problem:
-        sys.exit(f"run.py: error: {problem}")
+    start(main)

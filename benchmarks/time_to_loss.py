@@ -10,11 +10,9 @@ and counts what it does besides: its start, its validations, its files.
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -68,9 +66,9 @@ def timed_losses(argv, pattern, cwd, env):
     return time.perf_counter() - start, points
 
 
-def train_nanogpt(args, folder, env):
+def train_nanogpt(checkout, python, folder, env):
     """Run nanoGPT's program; return its curve, and its loss on the whole validation text."""
-    python, out = str(args.peer_python or sys.executable), str(folder / "nanogpt")
+    out = str(folder / "nanogpt")
     argv = [
         python,
         "train.py",
@@ -78,13 +76,9 @@ def train_nanogpt(args, folder, env):
         f"--out_dir={out}",
         "--always_save_checkpoint=True",
     ]
-    seconds, points = timed_losses(argv, rb"^step (\d+): .*val loss ([\d.]+)", args.nanogpt, env)
-    final = subprocess.run(
-        [python, "-c", NANOGPT_LOSS, out], cwd=args.nanogpt, env=env, capture_output=True, text=True
-    )
-    if final.returncode:
-        raise run.Problem(f"nanoGPT's checkpoint: {final.stderr.strip().splitlines()[-1]}")
-    return {"seconds": seconds, "points": points, "loss": float(final.stdout.split()[-1])}
+    seconds, points = timed_losses(argv, rb"^step (\d+): .*val loss ([\d.]+)", checkout, env)
+    evaluate = run.run_process([python, "-c", NANOGPT_LOSS, out], env, checkout)
+    return {"seconds": seconds, "points": points, "loss": float(evaluate.split()[-1])}
 
 
 def train_ours(folder, env, steps):
@@ -103,17 +97,20 @@ def train_ours(folder, env, steps):
 
 def measure(args, folder):
     """Return {who: {"seconds", "points", "loss"}} and the machine."""
-    env = run.make_env(folder, None) | {"GPT2_DATASETS_DIR": str(folder / "datasets")}
-    bench = run.Bench(args, folder, run.limit_threads(None))
-    data = args.nanogpt / "data" / "shakespeare_char"
+    bench = run.Bench(args, folder, run.limit_threads(args.threads))
+    if "pytorch" not in bench.pythons:
+        raise run.Problem("nanoGPT needs PyTorch: install torch, or give --peer_python")
+    env = bench.env | {"GPT2_DATASETS_DIR": str(folder / "datasets")}
+    python, checkout = bench.pythons["pytorch"], args.nanogpt.resolve()
+    data = checkout / "data" / "shakespeare_char"
     if args.text:
         (data / "input.txt").write_bytes(args.text.read_bytes())
-    run.run_process([str(args.peer_python or sys.executable), str(data / "prepare.py")], env)
+    run.run_process([python, str(data / "prepare.py")], env)
     text = (data / "input.txt").read_text(encoding="utf-8")
     n = int(len(text) * 0.9)  # as nanoGPT cuts it
     (folder / "train.txt").write_text(text[:n], encoding="utf-8")
     (folder / "val.txt").write_text(text[n:], encoding="utf-8")
-    runs = {"nanoGPT": train_nanogpt(args, folder, env)}
+    runs = {"nanoGPT": train_nanogpt(checkout, python, folder, env)}
     runs["ours, few steps"] = short = train_ours(folder, env, args.steps)
     steps = round(args.steps * runs["nanoGPT"]["seconds"] / short["seconds"] * 0.98)
     runs["ours, nanoGPT's time"] = train_ours(folder, env, steps)
@@ -156,7 +153,7 @@ def parse_args(argv=None):
     add("--nanogpt", type=Path, help="a checkout of nanoGPT")
     add("--text", type=Path, help="Tiny Shakespeare; without it, nanoGPT downloads it")
     add("--steps", type=int, default=500, help="of our first run; without it, 500")
-    add("--threads", type=int, help=argparse.SUPPRESS)
+    add("--threads", type=int, help="cores that everyone may use; without it, all")
     add("--peer_python", type=Path, help="an interpreter that has PyTorch, if this one has not")
     add("--json", type=Path, help="file for all that was measured")
     add("--plot", type=Path, help="file for the picture (PNG)")
@@ -170,24 +167,8 @@ def parse_args(argv=None):
 
 
 def main():
-    args = parse_args()
-    if args.from_json:
-        record = json.loads(args.from_json.read_text(encoding="utf-8"))
-    else:
-        args.nanogpt = args.nanogpt.resolve()
-        with tempfile.TemporaryDirectory(prefix="gpt2-time-to-loss-") as folder:
-            record = measure(args, Path(folder))
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if args.plot:
-        plot(record, args.plot)
-    print(table(record))
+    print(table(run.keep_record(parse_args(), measure, plot)))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (run.Problem, OSError, ValueError, ImportError, subprocess.SubprocessError) as problem:
-        sys.exit(f"time_to_loss.py: error: {problem}")
+    run.start(main)

@@ -176,7 +176,7 @@ def choose_vocabulary(args: Namespace, text: Path) -> None:
     """Choose --n_vocab for --minutes: 257 are the bytes and end-of-text alone."""
     n_bytes = text.stat().st_size
     n_vocab = next((n for n, enough in VOCABULARIES if n_bytes >= enough), 257)
-    choose(args, args, n_vocab=n_vocab if args.minutes else args.n_vocab)
+    choose(args, args, n_vocab=n_vocab)
 
 
 def choose_batch(args: Namespace, model: Config, n_tokens: int, n_steps: float = 1.0) -> None:

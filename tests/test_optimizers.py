@@ -300,6 +300,21 @@ def test_time_update_takes_the_faster_step_and_leaves_the_run_alone(monkeypatch,
     assert not optimizer.m.any() and not optimizer.v.any()
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_time_update_of_a_large_model_updates_a_part(monkeypatch, name):
+    clock, updates = iter([0.0, 5.0, 10.0, 13.0]), []
+    monkeypatch.setattr(optimizers.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(optimizers, "adamw_update", lambda p, *_: updates.append(p.size))
+    monkeypatch.setattr(optimizers, "muon_update", lambda p, *_: updates.append(p.size))
+    monkeypatch.setattr(optimizers, "BLOCK", 64)
+    params = train.init_params(TINY)
+    monkeypatch.setattr(optimizers, "TIMED", -(-params.flat.size // 4))
+    optimizer, workers = optimizers.make_optimizer(name, params), make_workers(params)
+    config = make_config(optimizer=name)
+    assert optimizers.time_update(optimizer, params, config, workers) == 4 * 3
+    assert 0.15 < sum(updates) / 2 / params.flat.size < 0.5  # of two steps
+
+
 def test_announced_time_has_the_optimizers_share(no_picture, monkeypatch, call, fish):
     monkeypatch.setattr(planning, "fastest", lambda _, params, *__: (make_workers(params), 6.0))
     monkeypatch.setattr(planning, "time_update", lambda *_: 30.0)
