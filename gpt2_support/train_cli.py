@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gpt2_support import checkpoint, cli, datasets, folders, hub, run_folder
 from gpt2_support.messages import info
-from gpt2_support.params import Config, n_params
+from gpt2_support.params import Config, named_shapes
 from gpt2_support.planning import default_warmup, memory
 
 if TYPE_CHECKING:
@@ -319,11 +319,11 @@ def describe(state: Any, n_tokens: int, seconds: float, head_rows: int) -> None:
     n_passes = steps * config.tokens_per_step / n_tokens
     ranks, threads = config.ranks, config.threads
     who = f" in each of {ranks} ranks" if ranks > 1 else ""
+    n_params = sum(math.prod(shape) for _, shape in named_shapes(model))  # without the padding
     n_bytes = memory(model, config, head_rows, state.optimizer.m.size)
     info(
-        f"{n_params(model):,} parameters: {model.n_layer} layers, {model.n_head} heads, "
-        f"{model.n_embd} channels, {model.n_ctx} tokens of context, "
-        f"a vocabulary of {model.n_vocab}\n"
+        f"{n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} "
+        f"channels, {model.n_ctx} tokens of context, a vocabulary of {model.n_vocab}\n"
         f"{steps} steps of {config.tokens_per_step} tokens, {n_passes:.1f} passes over {n_tokens}, "
         f"at a learning rate of {config.lr:.2g}: about {steps * seconds / 60:.1f} minutes and "
         f"{n_bytes / 1e6:.0f} MB of memory{who}, threads: {threads}"
