@@ -20,48 +20,34 @@ import copy
 import itertools
 import math
 from collections import deque, namedtuple
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 # The package comes before NumPy, whose BLAS it configures.
-from gpt2_support import blas, checks, cli, gpt2_cli, hooks, hub, streaming, tiles  # isort: skip
+from gpt2_support import blas, checks, cli, gpt2_cli, hooks, hub, tiles  # isort: skip
 
 import numpy as np
 
 from gpt2_support.blas import accumulate_matmul, matmul, mean_last, sum_last
-from gpt2_support.checks import IGNORE_INDEX
+from gpt2_support.checks import GREEDY, IGNORE_INDEX, Sampling
 from gpt2_support.hooks import NO_HOOK, NoHook
 from gpt2_support.prompts import answer_prompts
 from gpt2_support.weights import load_params
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
-    import argparse
     from collections.abc import Iterator, Sequence
-    from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias
+    from typing import Any, Literal, SupportsFloat, SupportsIndex
 
     from jaxtyping import Float, Integer
     from numpy import ndarray
     from numpy.random import Generator
     from numpy.typing import ArrayLike, DTypeLike
 
-    from encoder import Encoder
     from gpt2_support.hooks import Edit, Record
     from gpt2_support.masks import Dropout
     from gpt2_support.params import MLP, Attention, Block, Config, LayerNorm, Linear, Params
-
-    Prompt: TypeAlias = Sequence[int] | Integer[ndarray, " T"]
-    AnyRows: TypeAlias = Float[ndarray, "*N C"]
-    Rows: TypeAlias = Float[ndarray, "N C"]
-    Stream: TypeAlias = Float[ndarray, "B T C"]
-    Heads: TypeAlias = Float[ndarray, "B H T D"]
-    Keys: TypeAlias = Float[ndarray, "B H S D"]
-    Scores: TypeAlias = Float[ndarray, "B H T S"]
-    Weights: TypeAlias = tuple[Scores, Scores]  # of the softmax, and after the hook
-    Tokens: TypeAlias = Integer[ndarray, "B T"]
-    Positions: TypeAlias = Integer[ndarray, "#B T"]
-    Logits: TypeAlias = Float[ndarray, " V"]
-    Caches: TypeAlias = deque[Any]  # an EmbedCache, BlockCaches, a LayerNormCache
+    from gpt2_support.shapes import AnyRows, Caches, Heads, Keys, Logits, Positions  # isort: skip
+    from gpt2_support.shapes import Prompt, Rows, Scores, Stream, Tokens, Weights  # isort: skip
 
 # ----------------------------------------------------------------------------------------------
 # The layers
@@ -674,7 +660,7 @@ def generate(
     n_vocab, eot = checks.check_vocabulary(params, n_vocab, eot)
     prompts, is_single = checks.check_prompts(params, tokens, n_tokens, eot)
     hook = hooks.make(params.config, False, edit)
-    steps = (ids for ids, _ in decode(params, prompts, n_tokens, *sampling, eot, n_vocab, hook))
+    steps = (ids for ids, _ in decode(params, prompts, n_tokens, sampling, eot, n_vocab, hook))
     going = itertools.takewhile(lambda ids: any(id != eot for id in ids), steps)
     return (ids[0] for ids in going) if is_single else going
 
@@ -683,11 +669,7 @@ def decode(
     params: Params,
     prompts: list[list[int]],
     n_tokens: int,
-    temperature: SupportsFloat = 0.0,
-    top_k: int | None = None,
-    top_p: SupportsFloat | None = None,
-    seed: int | None = None,
-    repetition_penalty: SupportsFloat = 1.0,
+    sampling: Sampling = GREEDY,
     eot: int | None = None,
     n_vocab: int | None = None,
     hook: NoHook = NO_HOOK,
@@ -697,6 +679,7 @@ def decode(
     The loop of `generate`, whose parameters these are; it ends after the step in which every prompt
     is at its end-of-text id. The prompts are not empty.
     """
+    temperature, top_k, top_p, seed, penalty = sampling
     texts = [list(prompt) for prompt in prompts]
     rngs = [np.random.default_rng(None if seed is None else seed + b) for b in range(len(texts))]
     kv = KVCache(params.config, len(texts), params.flat.dtype)
@@ -704,7 +687,7 @@ def decode(
         logits = (decode_step if n else prefill)(params, texts, kv, hook)  # (B, V)
         allowed, ids = [], []
         for text, row, rng in zip(texts, logits, rngs, strict=True):
-            row = apply_repetition_penalty(row, text, repetition_penalty)[:n_vocab]
+            row = apply_repetition_penalty(row, text, penalty)[:n_vocab]
             ended = n > 0 and text[-1] == eot
             ids.append(text[-1] if ended else sample(row, rng, temperature, top_k, top_p))
             allowed.append(row)
@@ -770,20 +753,6 @@ def load(name: str | Path = "124M", models_dir: str | Path = hub.MODELS_DIR) -> 
 # The command line, whose flags are in gpt2_support/gpt2_cli.py
 
 
-def write_samples(params: Params, enc: Encoder, args: argparse.Namespace, ids: list[int]) -> str:
-    """Continue a prompt, write the text to standard output as `streaming` shows it, return it."""
-    prompts, _ = checks.check_prompts(params, [ids] * args.n_samples, args.n_tokens, enc.eot)
-    limits = args.temperature, args.top_k, args.top_p
-    sampling = *limits, args.seed, args.repetition_penalty, enc.eot, enc.n_vocab
-
-    def probs(logits: Logits) -> tuple[ndarray, ndarray]:  # temperature 0 would leave one id
-        return next_token_probs(logits, *(limits if args.temperature else ()))
-
-    steps = decode(params, prompts, args.n_tokens, *sampling)
-    explain = probs if args.explain else None
-    return streaming.write_samples(steps, enc, args, explain, len(prompts[0]))
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: `python gpt2.py --help`."""
     import encoder
@@ -793,7 +762,7 @@ def main(argv: list[str] | None = None) -> None:
     params = load_params(path)
     enc = encoder.load(path if path.is_dir() else path.parent)
     checks.check_tokenizer(path, params.config, enc.n_vocab)
-    answer_prompts(args, enc, params.config.n_ctx, partial(write_samples, params, enc, args))
+    answer_prompts(args, enc, params, decode, next_token_probs)
 
 
 def command() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -169,13 +169,26 @@ def to_float(value: Any) -> float:
         return math.nan
 
 
+class Sampling(NamedTuple):
+    """How an id is drawn from logits: see gpt2.next_token_probs and apply_repetition_penalty."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+
+
+GREEDY = Sampling()  # the most probable id, always
+
+
 def check_sampling(
     temperature: SupportsFloat = 0.0,
     top_k: SupportsIndex | None = None,
     top_p: SupportsFloat | None = None,
     seed: int | None = None,
     repetition_penalty: SupportsFloat = 1.0,
-) -> tuple[float, int | None, float | None, int | None, float]:
+) -> Sampling:
     """Return the sampling parameters as floats and ints; raise ValueError with value and limit."""
     t, p, penalty = to_float(temperature), to_float(top_p), to_float(repetition_penalty)
     if not 0 <= t < math.inf:
@@ -186,7 +199,7 @@ def check_sampling(
         raise ValueError(f"repetition_penalty = {repetition_penalty} is not a finite number over 0")
     k = None if top_k is None else check_whole("top_k", top_k, 1)
     seed = None if seed is None else check_whole("seed", seed)
-    return t, k, None if top_p is None else p, seed, penalty
+    return Sampling(t, k, None if top_p is None else p, seed, penalty)
 
 
 def check_vocabulary(

@@ -1,34 +1,40 @@
-"""The prompts of gpt2.py: read, refused if they cannot fit, kept as a conversation."""
+"""The prompts of gpt2.py: read, refused if they cannot fit, kept as a conversation, continued."""
 
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING
 
-from gpt2_support import cli
+from gpt2_support import checks, cli, streaming
 from gpt2_support.messages import info
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator
-    from typing import Protocol, TextIO, runtime_checkable
+    from collections.abc import Callable, Iterable, Iterator
+    from typing import Protocol, TextIO, TypeAlias, runtime_checkable
+
+    from numpy import ndarray
+
+    from gpt2_support.params import Params
 
     @runtime_checkable
-    class Encoder(Protocol):
+    class Encoder(streaming.Encoder, Protocol):
         """What is needed of an encoder.Encoder."""
-
-        tokens: list[bytes]
 
         def encode(self, text: str) -> list[int]: ...
 
+    Decode: TypeAlias = Callable[..., Iterable[tuple[list[int], list[ndarray]]]]
+    Probs: TypeAlias = Callable[..., tuple[ndarray, ndarray]]
+
 
 def answer_prompts(
-    args: argparse.Namespace, enc: Encoder, n_ctx: int, answer: Callable[[list[int]], str]
+    args: argparse.Namespace, enc: Encoder, params: Params, decode: Decode, probs: Probs
 ) -> None:
-    """Call `answer(ids)`, which writes a continuation and returns it, for each prompt.
+    """Write a continuation of each prompt; decode and probs are gpt2.decode, next_token_probs.
 
     A prompt that exceeds n_ctx is an error or, where another may follow, a message.
     """
+    n_ctx = params.config.n_ctx
     longest = n_ctx * max(map(len, enc.tokens))  # more characters cannot be n_ctx tokens
     text = ""
     for prompt in read_prompts(args, longest):
@@ -40,7 +46,25 @@ def answer_prompts(
             refuse(f"prompt of {too_long} exceeds n_ctx = {n_ctx}")
             continue
         text = (text + prompt)[-longest:] if args.conversation else prompt
-        text += answer(enc.encode(text)[-n_ctx:]) + "\n"
+        text += answer(args, enc, params, decode, probs, enc.encode(text)[-n_ctx:]) + "\n"
+
+
+def answer(
+    args: argparse.Namespace,
+    enc: Encoder,
+    params: Params,
+    decode: Decode,
+    probs: Probs,
+    ids: list[int],
+) -> str:
+    """Continue a prompt, write the text as `streaming.write_samples` does, and return it."""
+    prompts, _ = checks.check_prompts(params, [ids] * args.n_samples, args.n_tokens, enc.eot)
+    sampling = checks.Sampling(*(vars(args)[name] for name in checks.Sampling._fields))
+    steps = decode(params, prompts, args.n_tokens, sampling, enc.eot, len(enc.tokens))
+    # At temperature 0 the most probable ids are those at temperature 1: else one would be left.
+    limits = sampling[:3] if args.temperature else ()
+    explain = (lambda logits: probs(logits, *limits)) if args.explain else None
+    return streaming.write_samples(steps, enc, args, explain, len(prompts[0]))
 
 
 def read_prompts(args: argparse.Namespace, longest: int) -> Iterator[str]:

@@ -209,7 +209,7 @@ def test_cli_sampling_flags_reach_decode(cat, cli, monkeypatch):
     monkeypatch.setattr(gpt2, "decode", lambda params, *args: seen.append(args) or iter(()))
     flags = "--temperature 0.7 --top_k 9 --top_p 0.8 --repetition_penalty 1.2 --seed 4 --n_tokens 6"
     assert cli("The", "--model", cat, *flags.split()) == ("\n", "")
-    assert seen == [([ENC.encode("The")], 6, 0.7, 9, 0.8, 4, 1.2, EOT, len(TOKENS))]
+    assert seen == [([ENC.encode("The")], 6, (0.7, 9, 0.8, 4, 1.2), EOT, len(TOKENS))]
 
 
 @pytest.mark.parametrize("prompt", ["é€😀", "\u4e2d\u6587", "\ud800", "a\x00b", "\r\n\t "])

@@ -11,6 +11,7 @@ import pytest
 from helpers import normal, only_thorough, random_params, random_tokens
 
 import gpt2
+from gpt2_support import checks
 from gpt2_support.params import Config
 
 pytestmark = [
@@ -521,8 +522,9 @@ def test_generate_takes_sampling_parameters_at_their_limits():
 
 def test_decode_yields_ids_and_the_logits_that_they_are_drawn_from():
     params, prompts = random_params(), [[1, 2, 3], [7]]
-    options = {"temperature": 1.5, "seed": 3, "repetition_penalty": 1.4, "n_vocab": 50}
-    steps = list(gpt2.decode(params, prompts, 9, **options))
+    sampling = checks.Sampling(temperature=1.5, seed=3, repetition_penalty=1.4)
+    steps = list(gpt2.decode(params, prompts, 9, sampling, n_vocab=50))
+    options = sampling._asdict() | {"n_vocab": 50}
     assert [ids for ids, _ in steps] == list(gpt2.generate(params, prompts, 9, **options))
     texts = [list(prompt) for prompt in prompts]
     for ids, logits in steps:
