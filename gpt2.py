@@ -179,9 +179,10 @@ def scaled_dot_product_attention(
 def mask_future(att: Scores, positions: Positions) -> Scores:
     """Set the scores of the keys that are later than their query to -inf, in place."""
     S = att.shape[-1]
-    if positions.min() < S - 1:
-        future = np.arange(S) > positions[:, None, :, None]
-        np.copyto(att, -np.inf, where=future)
+    first = positions.min() + 1  # the first key that is later than some query
+    if first < S:
+        future = np.arange(first, S) > positions[:, None, :, None]
+        np.copyto(att[..., first:], -np.inf, where=future)
     return att
 
 
@@ -354,6 +355,8 @@ def transformer(
     `caches` receives what the backward of each layer needs.
     """
     blas.tune_malloc()
+    if hook is NO_HOOK and caches is NO_CACHES:
+        hook = hooks.INFERENCE  # nobody needs what is within
     start = np.zeros(1, int) if kv is None else kv.length
     positions = start[:, None] + np.arange(tokens.shape[1])  # (B or 1, T)
 

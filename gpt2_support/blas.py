@@ -1,6 +1,6 @@
 """OpenBLAS: its kernels and threads, products and loops that use all cores, memory settings.
 
-Importing this module chooses OpenBLAS's settings, so it comes before NumPy.
+Importing this module chooses OpenBLAS's settings, so it had better come before NumPy.
 """
 
 from __future__ import annotations
@@ -33,12 +33,10 @@ def configure_openblas(cpuinfo: str | Path = "/proc/cpuinfo") -> None:
     The user's own settings stay. Idle threads spin for 2**20 cycles (0.4 ms) instead of 2**26,
     because they keep a core from other threads. Zen 5 gets the AVX-512 kernels: OpenBLAS 0.3.31
     does not know it and would use those for AVX2, at half the speed. An empty OPENBLAS_CORETYPE
-    leaves the choice to OpenBLAS.
+    leaves the choice to OpenBLAS, which has made it where NumPy is imported already.
     """
-    if "numpy" in sys.modules:
-        return
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
-    if "OPENBLAS_CORETYPE" in os.environ:
+    if "OPENBLAS_CORETYPE" in os.environ or "numpy" in sys.modules:
         return
     with contextlib.suppress(OSError, ValueError), open(cpuinfo) as file:
         lines = (line.partition(":") for line in itertools.takewhile(str.strip, file))
@@ -49,6 +47,7 @@ def configure_openblas(cpuinfo: str | Path = "/proc/cpuinfo") -> None:
             os.environ["OPENBLAS_CORETYPE"] = "SKYLAKEX"
 
 
+NUMPY_CAME_FIRST = "numpy" in sys.modules
 configure_openblas()
 
 import numpy as np  # noqa: E402
@@ -74,12 +73,16 @@ def tune_malloc() -> None:
 
 
 @functools.cache
-def openblas(function: str) -> Any:
-    """Return a function of NumPy's OpenBLAS, such as "cblas_sgemm"; None for another BLAS."""
+def openblas(function: str, is_internal: bool = False) -> Any:
+    """Return a function of NumPy's OpenBLAS, such as "cblas_sgemm"; None for another BLAS.
+
+    In the names of its internal functions there is no suffix.
+    """
+    names = [function] if is_internal else [f"scipy_{function}64_", f"{function}64_"]
     numpy = Path(np.__file__).parent
     for path in [*numpy.parent.glob("numpy.libs/*openblas*"), *numpy.glob(".dylibs/*openblas*")]:
         library = ctypes.CDLL(str(path))
-        for name in (f"scipy_{function}64_", f"{function}64_"):
+        for name in names:
             if hasattr(library, name):
                 return getattr(library, name)
     return None
@@ -96,6 +99,23 @@ def set_threads(n: int) -> None:
     set_num_threads = openblas("openblas_set_num_threads")
     if set_num_threads:
         set_num_threads(n)
+
+
+def restart_threads() -> None:
+    """Let OpenBLAS read its settings again, and end its threads: the next product starts others.
+
+    OpenBLAS itself ends them before each fork.
+    """
+    read, shutdown = (openblas(f, True) for f in ("openblas_read_env", "blas_thread_shutdown_"))
+    if read and shutdown:
+        n_threads = get_threads()
+        read()
+        shutdown()
+        set_threads(n_threads)
+
+
+if NUMPY_CAME_FIRST:
+    restart_threads()
 
 
 class _OneThread:

@@ -62,6 +62,7 @@ class NoHook:
 
 
 NO_HOOK = NoHook()
+INFERENCE = NoHook()  # NO_HOOK in a forward that no backward follows: what it computes can go
 
 
 class Hooks(NoHook):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from gpt2_support import blas
-from gpt2_support.hooks import NO_HOOK, NoHook
+from gpt2_support.hooks import INFERENCE, NO_HOOK, NoHook
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     from collections.abc import Callable
@@ -61,7 +61,8 @@ def apply(
             S = positions[:, queries].max() + 1
             q_, k_, v_ = q[:, heads, queries], k[:, heads, :S], v[:, heads, :S]
             out[:, heads, queries], att = attention(q_, k_, v_, positions[:, queries])
-            tiles.append(Tile(heads, queries, att))
+            if hook is not INFERENCE:
+                tiles.append(Tile(heads, queries, att))
 
     blas.parallel_for(apply_to_heads, H, work=q.size * k.shape[2])
     if hook.is_recording:

@@ -82,6 +82,35 @@ import {module}
     assert (done.stdout, done.stderr) == ("True\n", "")
 
 
+IDLE = """
+import time
+import numpy as np
+x = np.ones((512, 512), np.float32)
+x @ x
+import gpt2
+from gpt2_support import blas
+used = 0
+for _ in range(10):
+    assert (x @ x == 512).all()
+    start = time.process_time()
+    time.sleep(0.02)
+    used += time.process_time() - start
+print(used)
+blas.set_threads(1)
+blas.restart_threads()
+assert blas.get_threads() == 1
+"""
+
+
+def test_idle_threads_do_not_spin_though_numpy_came_first():
+    if not blas.openblas("openblas_read_env", True):
+        pytest.skip("NumPy's BLAS is no OpenBLAS that reads its settings again")
+    env = {name: value for name, value in os.environ.items() if "OPENBLAS" not in name}
+    argv = [sys.executable, "-c", IDLE]
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.1  # seconds of the CPU in 0.2 on the clock
+
+
 def test_threads_serve_a_forked_process_too():
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")

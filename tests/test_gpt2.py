@@ -181,6 +181,26 @@ def test_attend_gradient_is_numeric(monkeypatch, positions, n_rows):
     )
 
 
+def test_attention_weights_are_kept_only_for_a_backward_or_a_record(monkeypatch):
+    params, tokens, kept = random_params(), random_tokens(2, 5), []
+
+    def apply(*args, apply=tiles.apply):
+        out, att = apply(*args)
+        kept.append(len(att) > 0)
+        return out, att
+
+    monkeypatch.setattr(tiles, "apply", apply)
+    for call in (
+        lambda: gpt2.forward(params, tokens),
+        lambda: gpt2.token_losses(params, tokens, tokens),
+        lambda: gpt2.forward(params, tokens, record={}),
+        lambda: gpt2.loss_and_grads(params, tokens, tokens),
+    ):
+        call()
+    n = params.config.n_layer
+    assert kept == 2 * n * [False] + 2 * n * [True]
+
+
 @pytest.mark.parametrize("n_threads", [2, 3, 8])
 def test_attention_in_threads_gives_the_same_bits(monkeypatch, n_threads):
     q, k, v = normal(2, 3, 9, 4), normal(2, 3, 11, 4, seed=3), normal(2, 3, 11, 4, seed=4)
