@@ -27,9 +27,9 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
     from gpt2_support.distributed import ProcessGroup
 
     Flat = Float[ndarray, " N"]  # a packed buffer, or a part of one
-    Matrix = Float[ndarray, "O I"]
+    Matrices = Float[ndarray, "*N O I"]
     Span = tuple[int, int, bool]  # start, stop, whether the values decay
-    BlockMatrix = tuple[int, int, tuple[int, int]]  # start, stop, shape
+    BlockMatrix = tuple[int, int, tuple[int, ...]]  # start, stop, shape
     Parallel = Callable[[Callable[[int, int], object]], list]  # see data_parallel.serial
 
 # ----------------------------------------------------------------------------------------------
@@ -65,8 +65,8 @@ def adamw_update(
     p -= update
 
 
-def muon_update(p: Matrix, g: Matrix, m: Matrix, lr: float, c: Any, scale: float) -> None:
-    """A step of Muon on a matrix p (O, I) and its momentum m, in place.
+def muon_update(p: Matrices, g: Matrices, m: Matrices, lr: float, c: Any, scale: float) -> None:
+    """A step of Muon on matrices p (..., O, I) and their momenta m, in place.
 
         m <- momentum m + g                          g being `scale` times the gradient given
         p <- p - lr weight_decay p - lr sqrt(max(1, O / I)) orthogonalize(g + momentum m)
@@ -81,12 +81,12 @@ def muon_update(p: Matrix, g: Matrix, m: Matrix, lr: float, c: Any, scale: float
     m += g
     g += c.momentum * m
     update = orthogonalize(g)
-    update *= lr * math.sqrt(max(1, len(p) / p.shape[1]))
+    update *= lr * math.sqrt(max(1, p.shape[-2] / p.shape[-1]))
     p *= 1 - lr * c.weight_decay
     p -= update
 
 
-def orthogonalize(x: Matrix) -> Matrix:
+def orthogonalize(x: Matrices) -> Matrices:
     """Return about u w^T of x = u s w^T, its singular value decomposition: s becomes 0.7 to 1.2.
 
     Five steps of Newton and Schulz from x / |x|, whose singular values are at most 1:
@@ -96,15 +96,17 @@ def orthogonalize(x: Matrix) -> Matrix:
     Each takes all singular values through one polynomial. Jordan's a, b, c bring small ones up
     fast, and none to 1 exactly. A matrix of zeros stays as it is.
     """
-    is_tall = len(x) > x.shape[1]
-    x = (x.T if is_tall else x) / (math.sqrt(np.vdot(x, x)) or 1)
-    is_wide = 2 * len(x) < x.shape[1]
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = transpose(x) if is_tall else x
+    norm = np.sqrt(np.einsum("...oi,...oi->...", x, x))[..., None, None]
+    x = x / np.where(norm > 0, norm, 1)
+    is_wide = 2 * x.shape[-2] < x.shape[-1]
     for n_steps in (3, 2) if is_wide else (1, 1, 1, 1, 1):
-        x = newton_schulz(x @ x.T, n_steps) @ x
-    return x.T if is_tall else x
+        x = newton_schulz(x @ transpose(x), n_steps) @ x
+    return transpose(x) if is_tall else x
 
 
-def newton_schulz(gram: Matrix, n_steps: int) -> Matrix:
+def newton_schulz(gram: Matrices, n_steps: int) -> Matrices:
     """Return what the x of gram = x x^T is multiplied by in n_steps steps: q_n ... q_2 q_1.
 
     q = a + b gram + c gram^2 takes x to q x, and so gram to q gram q. All of them are symmetric and
@@ -112,19 +114,23 @@ def newton_schulz(gram: Matrix, n_steps: int) -> Matrix:
     """
     q = total = quadratic(gram)
     for _ in range(n_steps - 1):
-        gram = q @ q.T @ gram
+        gram = q @ transpose(q) @ gram
         q = quadratic(gram)
         total = q @ total
     return total
 
 
-def quadratic(x: Matrix) -> Matrix:
-    """a + b x + c x^2 of a symmetric matrix. BLAS takes half the time for a product x x^T."""
-    out = x @ x.T
+def quadratic(x: Matrices) -> Matrices:
+    """a + b x + c x^2 of symmetric x. BLAS may take half the time for a product x x^T."""
+    out = x @ transpose(x)
     out *= 2.0315
     out -= 4.775 * x
-    out.flat[:: len(x) + 1] += 3.4445
+    out.reshape(*x.shape[:-2], -1)[..., :: x.shape[-1] + 1] += 3.4445  # the diagonal
     return out
+
+
+def transpose(x: Matrices) -> Matrices:
+    return x.swapaxes(-1, -2)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -188,8 +194,7 @@ class Muon(AdamW):
         self._blocks = blocks(spans(config, with_block_matrices=False), shard)
         self._matrices = [
             (slice(start - shard.start, stop - shard.start), shape)
-            for start, stop, shape in sorted(matrices, key=size, reverse=True)
-            if shard.start <= start < shard.stop
+            for start, stop, shape in sorted(join_equal(matrices, shard), key=size, reverse=True)
         ]  # the largest first, so that threads get about equal shares
 
     def _update(
@@ -269,7 +274,7 @@ def spans(config: Config, with_block_matrices: bool = True) -> list[Span]:
 
 def block_matrices(config: Config) -> list[BlockMatrix]:
     """Return [(start, stop, shape)], the weights of the blocks; q, k and v of c_attn are apart."""
-    matrices = []
+    matrices: list[BlockMatrix] = []
     for name, start, shape in stacks(config):
         if is_block_matrix(name):
             n_in = shape[-1]
@@ -294,6 +299,26 @@ def is_block_matrix(name: str) -> bool:
 def size(matrix: BlockMatrix) -> int:
     start, stop, _ = matrix
     return stop - start
+
+
+JOINED = 1 << 16  # values of matrices that Muon updates at once, at most
+
+
+def join_equal(matrices: list[BlockMatrix], shard: slice) -> list[BlockMatrix]:
+    """Join equal neighbours among the matrices of a shard, as (n, O, I), JOINED values at most.
+
+    Products of small matrices are done so fast that threads would wait for Python's lock.
+    """
+    joined: list[BlockMatrix] = []
+    for start, stop, shape in matrices:
+        if not shard.start <= start < shard.stop:
+            continue
+        first, end, (n, *before) = joined[-1] if joined else (0, 0, (0,))
+        if (end, tuple(before)) == (start, shape) and stop - first <= JOINED:
+            joined[-1] = first, stop, (n + 1, *shape)
+        else:
+            joined.append((start, stop, (1, *shape)))
+    return joined
 
 
 def whole_matrices(shard: slice, matrices: list[BlockMatrix]) -> slice:

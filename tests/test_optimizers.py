@@ -170,7 +170,23 @@ def test_muon_equals_its_formulas(n_threads, dtype, tolerance):
     assert params.flat.dtype == dtype and not params.flat[260 * 24 : 384 * 24].any()
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (40, 10), (10, 40), (1, 5)])
+@pytest.mark.parametrize("n_joined", [2, 5])
+def test_muon_updates_joined_matrices_as_each_alone(monkeypatch, n_joined):
+    model = replace(TINY, n_embd=8, n_layer=3)
+    results, sizes = [], []
+    for n in (1, n_joined):
+        monkeypatch.setattr(optimizers, "JOINED", n * 64)
+        params = train.init_params(model)
+        muon = optimizers.Muon(params)
+        grads = Params(model, np.random.default_rng(1).standard_normal(params.flat.size))
+        muon.step(params, grads, 0.01, 1, make_config(optimizer="muon", lr=0.01))
+        results.append(params.flat)
+        sizes.append(max(shape[0] for _, shape in muon._matrices))
+    assert sizes == [1, n_joined]
+    np.testing.assert_allclose(*results, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (40, 10), (10, 40), (1, 5), (3, 8, 14), (2, 40, 10)])
 def test_orthogonalize_brings_singular_values_near_1(shape):
     x = np.random.default_rng(0).standard_normal(shape)
     s = np.linalg.svd(optimizers.orthogonalize(x * 1e6), compute_uv=False)
