@@ -69,6 +69,11 @@ def worth(n_read: float, n_tokens: int) -> float:
     return min(n_read, n_tokens) + n_texts * n_tokens
 
 
+def n_enough(model: Config) -> int:
+    """Return how many tokens a model is to read."""
+    return TOKENS_PER_PARAMETER * 12 * model.n_layer * model.n_embd**2
+
+
 def choose_model(
     models: Iterable[Config], n_read: Callable[[Config], float], n_tokens: int
 ) -> Config:
@@ -80,8 +85,7 @@ def choose_model(
     """
     best = None
     for model in models:
-        n_enough = TOKENS_PER_PARAMETER * 12 * model.n_layer * model.n_embd**2
-        if best and worth(n_read(model), n_tokens) < n_enough:
+        if best and worth(n_read(model), n_tokens) < n_enough(model):
             break
         best = model
     assert best, "there is no model to choose"
@@ -210,17 +214,23 @@ def plan_model(
 
     given = {"n_ctx": args.seq_len} if args.seq_len else {}
     given |= {name: vars(args)[name] for name in SHAPE if name in args.given}
-    model = choose_model(candidates(given, n_vocab), n_read, n_tokens)
+    models = candidates(given, n_vocab)
+    model = choose_model(models, n_read, n_tokens)
     n_passes = n_read(model) / n_tokens
+    enough = f"{TOKENS_PER_PARAMETER:g} tokens for each parameter of its layers"
+    reason = f"of those tried the largest that reads {enough}"
+    if worth(n_read(model), n_tokens) < n_enough(model):
+        reason = f"the smallest, though it reads fewer than {enough}"
+    if len(models) == 1:
+        reason = "as the flags say"
     choose_batch(args, model, n_tokens)
     choose_batch(args, model, n_tokens, n_read(model) / tokens_per_step(model))
     vars(args).update({name: vars(model)[name] for name in SHAPE})
     overfits = n_passes > DROPOUT_PASSES and n_params(model) > n_tokens
     choose(args, args, dropout=DROPOUT if overfits else 0.0)
     info(
-        f"--minutes {args.minutes:g}: {model.n_layer} layers of {model.n_embd} channels, of those "
-        f"tried the largest that reads {TOKENS_PER_PARAMETER:g} tokens for each parameter of its "
-        f"layers; dropout {args.dropout:g} for about {n_passes:.1f} passes over the text"
+        f"--minutes {args.minutes:g}: {model.n_layer} layers of {model.n_embd} channels, {reason}; "
+        f"dropout {args.dropout:g} for about {n_passes:.1f} passes over the text"
     )
 
 

@@ -162,6 +162,20 @@ def test_plan_model_is_larger_with_more_time_and_more_text(still, capsys):
     assert (medium, also_none) == (147_456, 0)  # read 8 times, by a model that cannot remember it
 
 
+@pytest.mark.parametrize(
+    "flags, minutes, reason",
+    [
+        ({}, 10, "of those tried the largest that reads 10 tokens for each parameter"),
+        ({}, 0.005, "the smallest, though it reads fewer than 10 tokens for each parameter"),
+        ({"n_layer": 2, "n_embd": 32, "n_head": 2, "n_ctx": 64}, 10, "as the flags say; dropout"),
+    ],
+)
+def test_plan_model_says_why(still, capsys, flags, minutes, reason):
+    args = make_args(given=flags, started=0.0, minutes=minutes, **flags)
+    planning.plan_model(args, 300, 10**9, time_by_size)
+    assert f"channels, {reason}" in capsys.readouterr().err
+
+
 def test_plan_model_keeps_what_is_given(still):
     flags = {"n_layer": 3, "batch_size": 7, "dropout": 0.3}
     args = make_args(given=flags, started=0.0, **flags)
@@ -247,7 +261,7 @@ def test_command_trains_by_the_time(no_picture, call, text, out, monkeypatch):
     resumed = call(train, "--resume", "--out", out, "--minutes", 1)
     assert resumed.returncode == 0, resumed.stderr
     assert train.load_checkpoint(out).step == 2 * state.step
-    assert "layers of 32 channels, of those" not in resumed.stderr
+    assert "layers of 32 channels" not in resumed.stderr
 
 
 def test_command_tries_no_model_that_does_not_fit(no_picture, call, text, out, monkeypatch):
@@ -273,7 +287,7 @@ def test_command_tunes_a_model_by_the_time(no_picture, trained, call, text, monk
     state, before = train.load_checkpoint(tuned), train.load_checkpoint(trained)
     assert state.params.config == before.params.config
     assert f"{state.step} steps of 64 tokens, 1.0 passes" in done.stderr
-    assert "of those tried" not in done.stderr
+    assert "for each parameter" not in done.stderr
 
 
 @pytest.mark.parametrize("flag", ["steps", "epochs"])
