@@ -394,27 +394,8 @@ def make_parser() -> cli.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None, group: ProcessGroup | None = None) -> Namespace:
-    """Parse the command line; --resume takes the settings of the run as defaults.
-
-    The threads, too, if there are as many ranks as before; otherwise they are chosen anew.
-    """
-    parser, group = make_parser(), group or ProcessGroup()
-    args = parser.parse_args(argv)
-    if args.resume:
-        if not (args.out or args.data):
-            parser.error("--resume needs --out, the folder of the run")
-        state = load_checkpoint(train_cli.out_folder(args), group if args.shard else None)
-        settings = asdict(state.config)
-        if state.config.ranks != group.size:
-            settings["threads"] = None
-        parser.set_defaults(state=state, **settings, **asdict(state.params.config))
-    else:
-        parser.set_defaults(**train_cli.defaults_of(args))
-    args = parser.parse_args(argv)
-    args.given, args.started = parser.given(argv), time.perf_counter()
-    train_cli.check_args(parser, args, args.given)
-    args.out, args.group = train_cli.out_folder(args), group
-    return args
+    """Parse the command line; --resume takes the settings of the run as defaults."""
+    return train_cli.parse_args(make_parser(), load_checkpoint, argv, group or ProcessGroup())
 
 
 def find_tokenizer(args: Namespace) -> Encoder:
@@ -431,15 +412,6 @@ def find_tokenizer(args: Namespace) -> Encoder:
             planning.choose_vocabulary(args, datasets.find(args.data))
         return encoder.load(datasets.learn_tokenizer(args.data, args.n_vocab, encoder.train))
     return encoder.load(datasets.tokenizer_beside(args.data))
-
-
-def read_tokens(args: Namespace, enc: Encoder) -> tuple[ndarray, ndarray]:
-    """Return the ids to train on and to validate with."""
-    tokens = datasets.read_tokens(args.data, enc, args.docs, args.raw)
-    if args.val_data:
-        return tokens, datasets.read_tokens(args.val_data, enc, args.docs, args.raw)
-    n = len(tokens) - len(tokens) // 10
-    return tokens[:n], tokens[n:]
 
 
 def make_config(args: Namespace, model: Config) -> TrainConfig:
@@ -485,7 +457,7 @@ def train_command(args: Namespace) -> None:
         run_folder.check_unused(out, args.overwrite)
     with group.rank_zero_first():  # it learns and encodes; the others find that done
         enc = find_tokenizer(args)
-        tokens, val_tokens = read_tokens(args, enc)
+        tokens, val_tokens = train_cli.read_tokens(args, enc)
     args.n_tokens, data = len(tokens), checkpoint.fingerprint(data=tokens, val_data=val_tokens)
     if args.minutes and args.init == "scratch" and not args.resume:
         planning.plan_model(args, enc.n_vocab, len(tokens), partial(time_step, args, tokens))

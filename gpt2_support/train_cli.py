@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import shlex
+import time
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +17,11 @@ from gpt2_support.params import Config, named_shapes
 from gpt2_support.planning import default_warmup, memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from typing import Any
+
+    from numpy import ndarray
 
     from gpt2_support.distributed import ProcessGroup
 
@@ -192,6 +196,34 @@ def make_parser(
     return parser
 
 
+def parse_args(
+    parser: cli.ArgumentParser,
+    load_checkpoint: Callable[[Path, ProcessGroup | None], Any],
+    argv: Sequence[str] | None,
+    group: ProcessGroup,
+) -> Namespace:
+    """Parse the command line; --resume takes the settings of the run as defaults.
+
+    The threads, too, if there are as many ranks as before; otherwise they are chosen anew.
+    """
+    args = parser.parse_args(argv)
+    if args.resume:
+        if not (args.out or args.data):
+            parser.error("--resume needs --out, the folder of the run")
+        state = load_checkpoint(out_folder(args), group if args.shard else None)
+        settings = asdict(state.config)
+        if state.config.ranks != group.size:
+            settings["threads"] = None
+        parser.set_defaults(state=state, **settings, **asdict(state.params.config))
+    else:
+        parser.set_defaults(**defaults_of(args))
+    args = parser.parse_args(argv)
+    args.given, args.started = parser.given(argv), time.perf_counter()
+    check_args(parser, args, args.given)
+    args.out, args.group = out_folder(args), group
+    return args
+
+
 def defaults_of(args: Namespace) -> dict[str, Any]:
     """Return the defaults that differ for a model that is tuned, and for a data set by name."""
     defaults: dict[str, Any] = dict(FINE_TUNING) if args.init != "scratch" else {}
@@ -233,6 +265,15 @@ def ignored_flags(args: Namespace, given: set[str]) -> Iterator[tuple[str, str]]
 
 def out_folder(args: Namespace) -> Path:
     return args.out or folders.trained_models_dir(args.models_dir) / args.data.stem
+
+
+def read_tokens(args: Namespace, enc: datasets.Encoder) -> tuple[ndarray, ndarray]:
+    """Return the ids to train on and to validate with."""
+    tokens = datasets.read_tokens(args.data, enc, args.docs, args.raw)
+    if args.val_data:
+        return tokens, datasets.read_tokens(args.val_data, enc, args.docs, args.raw)
+    n = len(tokens) - len(tokens) // 10
+    return tokens[:n], tokens[n:]
 
 
 def hold_folder(args: Namespace, group: ProcessGroup) -> AbstractContextManager:
