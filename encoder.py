@@ -281,24 +281,39 @@ class PairCounts:
         self.counts: Counter[Pair] = Counter()
         self.where: defaultdict[Pair, set[int]] = defaultdict(set)  # indices of pre-tokens
         for i, weight in enumerate(self.weights):
-            self.add(i, weight)
+            for pair in pairwise(self.pretokens[i]):
+                self.counts[pair] += weight
+                self.where[pair].add(i)
         self.heap = [(-count, pair) for pair, count in self.counts.items()]
         heapify(self.heap)
 
-    def add(self, i: int, weight: int) -> None:
-        """Add `weight` to the count of each pair in pre-token number `i`."""
-        for pair in pairwise(self.pretokens[i]):
-            self.counts[pair] += weight
-            self.where[pair].add(i)
-
     def merge(self, pair: Pair, new: int) -> set[Pair]:
-        """Replace `pair` by the id `new` everywhere; return the pairs that contain `new`."""
-        changed = self.where.pop(pair)
-        for i in changed:
-            self.add(i, -self.weights[i])
-            self.pretokens[i] = replace_pair(self.pretokens[i], pair, new)
-            self.add(i, self.weights[i])
-        return {other for i in changed for other in pairwise(self.pretokens[i]) if new in other}
+        """Replace `pair` by the id `new` everywhere; return the pairs that contain `new`.
+
+        Only the pairs with the neighbours change.
+        """
+        left, right = pair
+        created: set[Pair] = set()
+        for i in self.where.pop(pair):
+            ids, at = self.pretokens[i], 0
+            while at < len(ids) - 1:
+                if ids[at] == left and ids[at + 1] == right:
+                    ids[at : at + 2] = [new]
+                    if at > 0:
+                        before = ids[at - 1]
+                        created.add(self.exchange(i, (before, left), (before, new)))
+                    if at + 1 < len(ids):
+                        after = ids[at + 1]
+                        created.add(self.exchange(i, (right, after), (new, after)))
+                at += 1
+        return {pair for pair in created if self.counts[pair] > 0}
+
+    def exchange(self, i: int, old: Pair, new: Pair) -> Pair:
+        """Count `new` instead of `old` in pre-token number `i`; return `new`."""
+        self.counts[old] -= self.weights[i]
+        self.counts[new] += self.weights[i]
+        self.where[new].add(i)
+        return new
 
     def push(self, pair: Pair) -> None:
         """Make `pair` one that `pop_most_frequent` may return."""
@@ -317,17 +332,6 @@ class PairCounts:
             if self.counts[pair] > 0:
                 self.push(pair)
         return None
-
-
-def replace_pair(ids: list[int], pair: Pair, new: int) -> list[int]:
-    """Return `ids` with each `pair`, from the left, replaced by `new`."""
-    merged: list[int] = []
-    for id in ids:
-        if merged and (merged[-1], id) == pair:
-            merged[-1] = new
-        else:
-            merged.append(id)
-    return merged
 
 
 # ----------------------------------------------------------------------------------------------
