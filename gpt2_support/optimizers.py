@@ -129,7 +129,7 @@ def quadratic(x: Matrices) -> Matrices:
     return out
 
 
-def transpose(x: Matrices) -> Matrices:
+def transpose(x: Matrices) -> Float[ndarray, "*N I O"]:
     return x.swapaxes(-1, -2)
 
 

@@ -149,7 +149,7 @@ def check_some(function, checked):
 def checked_modules():
     """Return the names of the three modules, and of the rooms whose annotations name dimensions."""
     rooms = (ROOT / "gpt2_support").glob("*.py")
-    named = [room.stem for room in rooms if "[ndarray, " in room.read_text(encoding="utf-8")]
+    named = [room.stem for room in rooms if '[ndarray, "' in room.read_text(encoding="utf-8")]
     return ["encoder", "gpt2", "train", *(f"gpt2_support.{name}" for name in named)]
 
 
