@@ -305,16 +305,17 @@ JOINED = 1 << 16  # values of matrices that Muon updates at once, at most
 
 
 def join_equal(matrices: list[BlockMatrix], shard: slice) -> list[BlockMatrix]:
-    """Join equal neighbours among the matrices of a shard, as (n, O, I), JOINED values at most.
+    """Join neighbours among the matrices of a shard, as (n, O, I), JOINED values at most.
 
-    Products of small matrices are done so fast that threads would wait for Python's lock.
+    Neighbours are equal: between different ones lie biases. Products of small matrices are done so
+    fast that threads would wait for Python's lock.
     """
     joined: list[BlockMatrix] = []
     for start, stop, shape in matrices:
         if not shard.start <= start < shard.stop:
             continue
-        first, end, (n, *before) = joined[-1] if joined else (0, 0, (0,))
-        if (end, tuple(before)) == (start, shape) and stop - first <= JOINED:
+        first, end, (n, *_) = joined[-1] if joined else (0, 0, (0,))
+        if end == start and stop - first <= JOINED:
             joined[-1] = first, stop, (n + 1, *shape)
         else:
             joined.append((start, stop, (1, *shape)))

@@ -8,7 +8,9 @@ import pytest
 
 import train
 from gpt2_support import train_cli
+from gpt2_support.distributed import ProcessGroup
 from gpt2_support.formats import llmc
+from gpt2_support.params import Config
 
 
 def refusal(call, argv):
@@ -44,6 +46,17 @@ def test_flag_that_would_do_nothing_is_refused(call, text, monkeypatch, flags, n
     line = refusal(call, [*argv, *out])
     assert line == f"argument --{name}: it would do nothing, since {reason} (see --help)\n"
     assert sorted(text.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("ranks, threads", [(1, 3), (2, None)])
+def test_resume_keeps_the_threads_of_a_run_of_as_many_ranks(tmp_path, ranks, threads):
+    config = train.TrainConfig(threads=3, ranks=ranks, lr=0.25)
+    state = train.TrainState(train.init_params(Config(300, 8, 8, 2, 1)), config)
+    argv = ["--resume", "--out", str(tmp_path), "--data", "x.txt"]
+    parser, group = train.make_parser(), ProcessGroup()
+    args = train_cli.parse_args(parser, lambda folder, group: state, argv, group)
+    assert (args.threads, args.lr, args.n_embd, args.state) == (threads, 0.25, 8, state)
+    assert args.given == {"resume", "out", "data"}
 
 
 @pytest.mark.parametrize("flag", ["--docs", "--n_vocab"])
