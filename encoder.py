@@ -290,7 +290,7 @@ class PairCounts:
     def merge(self, pair: Pair, new: int) -> set[Pair]:
         """Replace `pair` by the id `new` everywhere; return the pairs that contain `new`.
 
-        Only the pairs with the neighbours change.
+        Only its pairs with their neighbours change.
         """
         left, right = pair
         created: set[Pair] = set()

@@ -356,7 +356,7 @@ def transformer(
     """
     blas.tune_malloc()
     if hook is NO_HOOK and caches is NO_CACHES:
-        hook = hooks.INFERENCE  # nobody needs what is within
+        hook = hooks.INFERENCE  # so activations need not be kept
     start = np.zeros(1, int) if kv is None else kv.length
     positions = start[:, None] + np.arange(tokens.shape[1])  # (B or 1, T)
 

@@ -46,18 +46,16 @@ from gpt2_support.runlog import RunLog
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     from argparse import Namespace
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from jaxtyping import Float, Integer
+    from jaxtyping import Integer
     from numpy import ndarray
 
     from encoder import Encoder
+    from gpt2_support.shapes import Batch, Flat, Parallel
 
-    Flat = Float[ndarray, " N"]  # a packed buffer, or a part of one
     Tokens = Integer[ndarray, " N"]
     Lengths = Integer[ndarray, " V"]
-    Batch = tuple[Integer[ndarray, "B T"], Integer[ndarray, "B T"]]  # tokens and targets
-    Parallel = Callable[[Callable[[int, int], object]], list]  # see data_parallel.serial
 
 # ----------------------------------------------------------------------------------------------
 # The start, and the state of a run

@@ -1,6 +1,6 @@
 """OpenBLAS: its kernels and threads, products and loops that use all cores, memory settings.
 
-Importing this module chooses OpenBLAS's settings, so it had better come before NumPy.
+Importing this module chooses OpenBLAS's settings, so import it before NumPy where you can.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def tune_malloc() -> None:
 def openblas(function: str, is_internal: bool = False) -> Any:
     """Return a function of NumPy's OpenBLAS, such as "cblas_sgemm"; None for another BLAS.
 
-    In the names of its internal functions there is no suffix.
+    The names of its internal functions have no suffix.
     """
     names = [function] if is_internal else [f"scipy_{function}64_", f"{function}64_"]
     numpy = Path(np.__file__).parent

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
     from gpt2_support.params import Params
+    from gpt2_support.shapes import Batch
 
     T = TypeVar("T")
-    Batch = tuple[Integer[ndarray, "B T"], Integer[ndarray, "B T"]]  # tokens and targets
     Losses: TypeAlias = Callable[[Batch], Float[ndarray, "B T"]]
 
 TOKENS_PER_BATCH = 2048

@@ -62,7 +62,7 @@ class NoHook:
 
 
 NO_HOOK = NoHook()
-INFERENCE = NoHook()  # NO_HOOK in a forward that no backward follows: what it computes can go
+INFERENCE = NoHook()  # NO_HOOK where no backward follows: activations need not be kept
 
 
 class Hooks(NoHook):

@@ -217,12 +217,8 @@ def plan_model(
     models = candidates(given, n_vocab)
     model = choose_model(models, n_read, n_tokens)
     n_passes = n_read(model) / n_tokens
-    enough = f"{TOKENS_PER_PARAMETER:g} tokens for each parameter of its layers"
-    reason = f"of those tried the largest that reads {enough}"
-    if worth(n_read(model), n_tokens) < n_enough(model):
-        reason = f"the smallest, though it reads fewer than {enough}"
-    if len(models) == 1:
-        reason = "as the flags say"
+    reads_enough = worth(n_read(model), n_tokens) >= n_enough(model)
+    reason = reason_for(reads_enough) if len(models) > 1 else "as the flags say"
     choose_batch(args, model, n_tokens)
     choose_batch(args, model, n_tokens, n_read(model) / tokens_per_step(model))
     vars(args).update({name: vars(model)[name] for name in SHAPE})
@@ -232,6 +228,14 @@ def plan_model(
         f"--minutes {args.minutes:g}: {model.n_layer} layers of {model.n_embd} channels, {reason}; "
         f"dropout {args.dropout:g} for about {n_passes:.1f} passes over the text"
     )
+
+
+def reason_for(reads_enough: bool) -> str:
+    """Return why a model was chosen among several."""
+    enough = f"{TOKENS_PER_PARAMETER:g} tokens for each parameter of its layers"
+    if reads_enough:
+        return f"of those tried the largest that reads {enough}"
+    return f"the smallest, though it reads fewer than {enough}"
 
 
 def plan_steps(args: Namespace, state: Any, seconds: float, n_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""The arrays in the signatures of gpt2.py: a name for each shape, for readers and checkers.
+"""The arrays in signatures: a name for each shape, for readers and checkers.
 
 B batch, T queries, S keys, C channels, H heads, D = C / H, V vocabulary, N rows of any number. A
 name that two arguments share has the same length in both; *N stands for any number of dimensions.
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # nothing is imported when the program runs
     from collections import deque
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any, TypeAlias
 
     from jaxtyping import Float, Integer
@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # nothing is imported when the program runs
     Prompt: TypeAlias = Sequence[int] | Integer[ndarray, " T"]
     Tokens: TypeAlias = Integer[ndarray, "B T"]
     Positions: TypeAlias = Integer[ndarray, "#B T"]
+
+    Batch: TypeAlias = tuple[Tokens, Tokens]  # tokens, and the target of each
+    Flat: TypeAlias = Float[ndarray, " N"]  # a packed buffer, or a part of one
 
     Stream: TypeAlias = Float[ndarray, "B T C"]  # the residual stream, or a branch
     Rows: TypeAlias = Float[ndarray, "N C"]
@@ -31,3 +34,4 @@ if TYPE_CHECKING:  # nothing is imported when the program runs
     Weights: TypeAlias = tuple[Scores, Scores]  # of the softmax, and after the hook
 
     Caches: TypeAlias = deque[Any]  # an EmbedCache, BlockCaches, a LayerNormCache
+    Parallel: TypeAlias = Callable[[Callable[[int, int], object]], list]  # see data_parallel.serial

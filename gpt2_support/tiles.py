@@ -19,8 +19,7 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
     from jaxtyping import Float, Integer
     from numpy import ndarray
 
-    Queries = Float[ndarray, "B H T D"]
-    Keys = Float[ndarray, "B H S D"]
+    from gpt2_support.shapes import Heads, Keys
 
 QUERIES = 128  # queries of a tile
 
@@ -38,12 +37,12 @@ class Tile(NamedTuple):
 
 def apply(
     attention: Callable[..., tuple[ndarray, tuple[ndarray, ndarray]]],
-    q: Queries,
+    q: Heads,
     k: Keys,
     v: Keys,
     positions: Integer[ndarray, "#B T"],
     hook: NoHook = NO_HOOK,
-) -> tuple[Queries, list[Tile]]:
+) -> tuple[Heads, list[Tile]]:
     """Return out (B, H, T, D) of attention(q, k, v, positions, hook) -> out, att, and its tiles.
 
     A hook that changes the weights receives them whole, in one tile.
@@ -72,13 +71,13 @@ def apply(
 
 def apply_backward(
     attention_backward: Callable[..., tuple[ndarray, ndarray, ndarray]],
-    dout: Queries,
-    q: Queries,
+    dout: Heads,
+    q: Heads,
     k: Keys,
     v: Keys,
     tiles: list[Tile],
     hook: NoHook = NO_HOOK,
-) -> tuple[Queries, Keys, Keys]:
+) -> tuple[Heads, Keys, Keys]:
     """Return dq, dk, dv of attention_backward(dout, (q, k, v, att), hook) -> dq, dk, dv."""
     if hook.is_whole("attn.att"):
         return attention_backward(dout, (q, k, v, tiles[0].att), hook)
