@@ -28,8 +28,9 @@ from gpt2_support import blas, checks, cli, gpt2_cli, hooks, hub, tiles  # isort
 
 import numpy as np
 
-from gpt2_support.blas import accumulate_matmul, matmul, mean_last, sum_last
+from gpt2_support.blas import matmul, mean_last, sum_last
 from gpt2_support.checks import GREEDY, IGNORE_INDEX, Sampling
+from gpt2_support.gradients import accumulate, accumulate_matmul, accumulate_rows
 from gpt2_support.hooks import NO_HOOK, NoHook
 from gpt2_support.prompts import answer_prompts
 from gpt2_support.weights import load_params
@@ -73,8 +74,8 @@ def embed(tokens: Tokens, positions: Positions, p: Params) -> tuple[Stream, Embe
 
 def embed_backward(dout: Stream, cache: EmbedCache, d: Params) -> None:
     """dwte[tokens] += dout;  dwpe[positions] += dout, for positions (1, T)."""
-    d.wpe[cache.positions[0]] += dout.sum(0)
-    np.add.at(d.wte, cache.tokens, dout)  # `d.wte[tokens] += dout` adds a repeated token once
+    accumulate_rows(d.wpe, cache.positions[0], dout.sum(0))
+    accumulate_rows(d.wte, cache.tokens.ravel(), as_rows(dout))
 
 
 def layer_norm(x: AnyRows, p: LayerNorm, eps: float = 1e-5) -> tuple[AnyRows, LayerNormCache]:
@@ -93,8 +94,8 @@ def layer_norm_backward(
 ) -> AnyRows:
     """dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)), where dxhat = dout g."""
     xhat, rstd = cache
-    d.b += as_rows(dout).sum(0)
-    d.g += as_rows(dout * xhat).sum(0)
+    accumulate(d.b, as_rows(dout).sum(0))
+    accumulate(d.g, as_rows(dout * xhat).sum(0))
     dxhat = dout * p.g
     dxhat -= mean_last(dxhat) + xhat * mean_last(dxhat, xhat)
     dxhat *= rstd
@@ -110,7 +111,7 @@ def linear(x: AnyRows, p: Linear) -> tuple[Float[ndarray, "*N O"], AnyRows]:
 
 def linear_backward(dout: Float[ndarray, "*N O"], x: AnyRows, p: Linear, d: Linear) -> AnyRows:
     """dx = dout w;  dw = dout^T x;  db = the sum of dout over all rows."""
-    d.b += as_rows(dout).sum(0)
+    accumulate(d.b, as_rows(dout).sum(0))
     accumulate_matmul(d.w, as_rows(dout).T, as_rows(x))
     return (as_rows(dout) @ p.w).reshape(x.shape)
 

@@ -97,7 +97,7 @@ class TrainConfig:
     decay_steps: int | None = None  # steps until min_lr; None is `steps`
     optimizer: str = "adamw"
     muon_lr: float = 0.02  # of the matrices of the blocks, at its highest
-    momentum: float = 0.95  # of Muon
+    momentum: float = 0.9  # of Muon
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

@@ -126,7 +126,7 @@ def measure(args):
     """Take steps on all ranks, and each part of them by itself; print a row of medians."""
     with init_process_group() as group:
         state, loader, workers = set_up(args, group)
-        params, config, grads = state.params, state.config, workers.grads[0]
+        params, config, grads = state.params, state.config, workers.grads
         alone = DataParallel(gpt2.loss_and_grads, params, config.threads)  # sends nothing
         update = (params, grads, 0.0, 1, config, 1.0, workers.parallel)
         seconds = []

@@ -227,33 +227,17 @@ def matmul(a: Float[ndarray, "N I"], b: Float[ndarray, "I O"]) -> Float[ndarray,
     return np.ascontiguousarray(out.T)
 
 
-ACCUMULATED_ROWS = 4096
-WORTH_GEMM = 1 << 17  # values: for fewer NumPy's own call is as fast
-
-
-def accumulate_matmul(
-    out: Float[ndarray, "M O"], a: Float[ndarray, "M N"], b: Float[ndarray, "N O"]
-) -> None:
-    """out += a @ b, without a temporary as large as `out`: by BLAS itself, or in blocks of rows."""
-    if out.size < WORTH_GEMM:
-        out += a @ b
-    elif not gemm(out, a, b):
-        for start in range(0, len(out), ACCUMULATED_ROWS):
-            rows = slice(start, start + ACCUMULATED_ROWS)
-            out[rows] += a[rows] @ b
-
-
 GEMMS = {"f": ("cblas_sgemm", ctypes.c_float), "d": ("cblas_dgemm", ctypes.c_double)}
 
 
 def gemm(out: Float[ndarray, "M O"], a: Float[ndarray, "M N"], b: Float[ndarray, "N O"]) -> bool:
     """Let OpenBLAS do out += a @ b, which NumPy cannot ask for; return False if it cannot.
 
-    As in the gradient of a weight, `a` is the transpose of a contiguous matrix.
+    As in the gradient of a weight, `a` is the transpose of a contiguous matrix, or some rows of it.
     """
     n_rows, n_columns, n = *out.shape, len(b)
     name, real = GEMMS.get(out.dtype.char, ("", float))
-    is_plain = out.flags.carray and a.T.flags.c_contiguous and b.flags.c_contiguous
+    is_plain = out.flags.carray and a.strides[0] == a.itemsize and b.flags.c_contiguous
     function = openblas(name) if is_plain and out.dtype == a.dtype == b.dtype else None
     if function is None:
         return False
@@ -262,7 +246,7 @@ def gemm(out: Float[ndarray, "M O"], a: Float[ndarray, "M N"], b: Float[ndarray,
     function.restype = None
     function(
         *(row_major, transposed, plain, integer(n_rows), integer(n_columns), integer(n)),
-        *(real(1), pointer(a.ctypes.data), integer(n_rows)),
+        *(real(1), pointer(a.ctypes.data), integer(a.strides[1] // a.itemsize)),
         *(pointer(b.ctypes.data), integer(n_columns)),
         *(real(1), pointer(out.ctypes.data), integer(n_columns)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import numpy as np
 from gpt2_support import blas
 from gpt2_support.checks import IGNORE_INDEX
 from gpt2_support.distributed import ProcessGroup
+from gpt2_support.gradients import Turns
 from gpt2_support.masks import Dropout
 from gpt2_support.params import Config, Params
 
@@ -35,9 +37,9 @@ def serial(work: Work) -> list:
 class DataParallel:
     """Threads, and the processes of a group, that share each batch.
 
-    Every thread runs the whole model on its rows of the batch, with one BLAS thread, and adds to a
-    gradient of its own: so the elementwise work is shared as well as the matrix products, and no
-    thread waits for another within a step. A single thread leaves the products to all BLAS threads.
+    Every thread runs the whole model on its rows of the batch, with one BLAS thread, so that the
+    elementwise work is shared as well as the matrix products. They add to one gradient by turns. A
+    single thread leaves the products to all BLAS threads.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class DataParallel:
     ) -> None:
         self._loss_and_grads, self.dropout = loss_and_grads, dropout
         self.n_threads, self.group = n_threads, group or ProcessGroup()
-        self.grads = [params.zeros_like() for _ in range(n_threads)]
+        self.grads = params.zeros_like()
         is_large = params.flat.size > 1 << 20  # so that waking a thread costs less than it does
         self.n_elementwise = max(n_threads, blas.get_threads()) if is_large else n_threads
         self.pool = ThreadPoolExecutor(self.n_elementwise)
@@ -64,27 +66,24 @@ class DataParallel:
         depends on `seed`, rank, thread and batch. Raises ValueError if every target is -1.
         """
         batches = list(batches)
-        n_parts = len(batches) * self.n_threads
-        n_all_parts = n_parts * self.group.size
-        n_counted = self._count_targets(batches) / n_all_parts  # of a part, on average
+        n_counted = self._count_targets(batches)
+        n_threads = largest_divisor(len(batches[0][0]), self.n_threads)
+        turns = Turns(n_threads)
 
         def add_gradients(i: int, n: int) -> list[float]:  # of the rows i, i + n, ... of each batch
-            grads = self.grads[i]
-            grads.flat[...] = 0
             losses = []
-            with np.errstate(all="ignore"):  # train_step tells when the result is not finite
+            with turns.taken_by(i), np.errstate(all="ignore"):  # train_step tells of such results
                 for number, (tokens, targets) in enumerate(batches):
-                    if i < len(tokens):
-                        drop = self._drop(*seed, self.group.rank, i, number)
-                        rows = tokens[i::n], targets[i::n]
-                        loss, _ = self._loss_and_grads(params, *rows, grads, n_counted, drop)
-                        losses.append(loss)
+                    drop = self._drop(*seed, self.group.rank, i, number)
+                    rows = tokens[i::n], targets[i::n]
+                    loss, _ = self._loss_and_grads(params, *rows, self.grads, n_counted, drop)
+                    losses.append(loss)
             return losses
 
-        with blas_threads(params.config, self.n_threads):
-            losses = np.concatenate(self._in_threads(add_gradients, self.n_threads))
-        self._sum_grads(1 / n_all_parts)
-        return float(np.mean(self.group.all_gather(losses.sum() / n_parts))), self.grads[0]
+        with blas_threads(params.config, n_threads):
+            losses = self._in_threads(add_gradients, n_threads)
+        self.group.all_reduce(self.grads.flat)
+        return math.fsum(self.group.all_gather(float(np.sum(losses)))), self.grads
 
     def _drop(self, *seed: int) -> Dropout | None:
         return Dropout(self.dropout, seed) if self.dropout else None
@@ -96,19 +95,6 @@ class DataParallel:
         if total == 0:
             raise ValueError("every target is -1: there is no loss to take the mean of")
         return total
-
-    def _sum_grads(self, weight: float) -> None:
-        """Add up the gradients of all threads and ranks, times `weight`, in the first thread's."""
-
-        def add(i: int, n: int) -> None:
-            total, *others = (np.array_split(grads.flat, n)[i] for grads in self.grads)
-            for other in others:
-                total += other
-            if weight < 1:
-                total *= weight
-
-        self.parallel(add)
-        self.group.all_reduce(self.grads[0].flat)
 
     def parallel(self, work: Work) -> list:
         """Return [work(0, n), work(1, n), ...]: elementwise work, shared among n threads."""
@@ -143,8 +129,7 @@ def fastest(
 ) -> tuple[DataParallel, float]:
     """Return the threads that are fastest on a batch, and the seconds that they take.
 
-    Counts are tried as they come, up to the first that is slower than the one before: each thread
-    has a gradient of its own, which costs memory, and time to add up.
+    Counts are tried as they come, up to the first that is slower than the one before.
     """
     best: tuple[DataParallel, float] | None = None
     for n_threads in thread_counts:
@@ -155,6 +140,11 @@ def fastest(
         best = workers, seconds
     assert best, "thread_counts is empty"
     return best
+
+
+def largest_divisor(n: int, limit: int) -> int:
+    """Return the largest number up to a limit that divides n."""
+    return max(i for i in range(1, limit + 1) if n % i == 0)
 
 
 WORTH_THREADS = 1 << 15  # values of an activation of a batch

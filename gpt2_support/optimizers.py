@@ -234,7 +234,7 @@ def time_update(optimizer: AdamW, params: Params, config: Any, workers: DataPara
     for t in (1, 2):  # the first also fetches memory
         start = time.perf_counter()
         with np.errstate(all="ignore"):
-            other.step(zeros, workers.grads[0], config.lr, t, config, 1.0, sample)
+            other.step(zeros, workers.grads, config.lr, t, config, 1.0, sample)
         seconds.append(max(workers.group.all_gather(time.perf_counter() - start)))
     return one_in * min(seconds)
 

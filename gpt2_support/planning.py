@@ -122,7 +122,7 @@ def memory(model: Config, config: Any, head_rows: int, n_moments: int | None = N
     config is a train.TrainConfig, head_rows gpt2's; n_moments are the values of m and v, each.
     """
     n = n_params(model)
-    buffers = (1 + config.threads) * n + 2 * (n if n_moments is None else n_moments)
+    buffers = 2 * n + 2 * (n if n_moments is None else n_moments)
     n_rows = config.batch_size // config.ranks * config.seq_len
     per_row = model.n_layer * (20 * model.n_embd + model.n_head * config.seq_len)
     logits = config.threads * min(head_rows, n_rows // config.threads) * model.n_vocab

@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -84,7 +83,6 @@ import {module}
 
 IDLE = """
 import time
-import numpy as np
 x = np.ones((512, 512), np.float32)
 x @ x
 import gpt2
@@ -205,45 +203,3 @@ def test_another_blas_has_one_thread_and_unknown_kernels(monkeypatch):
     with blas.one_thread():
         assert blas.get_threads() == 1
     assert blas.kernels() == "unknown"
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("shape", [(3, 5, 4), (600, 40, 300), (5000, 7, 64)])
-@pytest.mark.parametrize("has_gemm", [True, False])
-def test_accumulate_matmul_adds_the_product(monkeypatch, dtype, shape, has_gemm):
-    n_rows, n, n_columns = shape
-    if not has_gemm:
-        monkeypatch.setattr(blas, "gemm", lambda *arrays: False)
-    rng = np.random.default_rng(0)
-    a = rng.standard_normal((n, n_rows)).astype(dtype)
-    b = rng.standard_normal((n, n_columns)).astype(dtype)
-    before = rng.standard_normal((n_rows, n_columns)).astype(dtype)
-    out = np.zeros_like(before)
-    blas.accumulate_matmul(out, a.T, b)
-    np.testing.assert_array_equal(out, a.T @ b)  # on zeros bit for bit
-    total = before.copy()
-    blas.accumulate_matmul(total, a.T, b)
-    eps = np.finfo(dtype).eps
-    np.testing.assert_allclose(total, before + a.T @ b, rtol=0, atol=40 * eps)
-
-
-@pytest.mark.parametrize("case", ["dtype", "order of a", "order of b", "order of out", "half"])
-def test_accumulate_matmul_takes_arrays_that_gemm_does_not(case):
-    a, b, out = np.ones((9, 700)).T, np.ones((9, 300)), np.zeros((700, 300))
-    a = a.copy("C") if case == "order of a" else a
-    b = np.asfortranarray(b) if case == "order of b" else b
-    out = np.asfortranarray(out) if case == "order of out" else out
-    b = b.astype(np.float32) if case == "dtype" else b
-    if case == "half":
-        a, b, out = a.astype(np.float16), b.astype(np.float16), out.astype(np.float16)
-    assert not blas.gemm(out, a, b)
-    blas.accumulate_matmul(out, a, b)
-    np.testing.assert_array_equal(out, np.full((700, 300), 9))
-
-
-def test_accumulate_matmul_refuses_read_only_memory():
-    out = np.zeros((700, 300))
-    out.flags.writeable = False
-    with pytest.raises(ValueError, match="read-only"):
-        blas.accumulate_matmul(out, np.ones((9, 700)).T, np.ones((9, 300)))
-    assert not out.any()

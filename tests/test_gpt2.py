@@ -24,7 +24,7 @@ from scripted import script_model
 
 import encoder
 import gpt2
-from gpt2_support import blas, hooks, hub, tiles
+from gpt2_support import blas, gradients, hooks, hub, tiles
 from gpt2_support.formats import llmc
 from gpt2_support.masks import Dropout
 from gpt2_support.params import Config, LayerNorm, Params, n_params
@@ -319,7 +319,7 @@ def test_cross_entropy_gradient_is_numeric_and_zero_where_ignored():
 @pytest.mark.parametrize("targets", [[0, 6, -1, 3, 3, -1, 2], [-1, -1, -1, -1, 5, -1, -1]], ids=str)
 def test_head_gradient_is_numeric_over_blocks_of_rows(targets, head_rows, monkeypatch):
     monkeypatch.setattr(gpt2, "LM_HEAD_ROWS", head_rows)
-    monkeypatch.setattr(blas, "ACCUMULATED_ROWS", head_rows)
+    monkeypatch.setattr(gradients, "ACCUMULATED_ROWS", head_rows)
     params, targets = random_params(MINI), np.array(targets)
     x, grads = normal(7, 4), random_params(MINI, seed=8)
     before, n_counted = grads.flat.copy(), (targets >= 0).sum()

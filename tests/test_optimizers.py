@@ -127,7 +127,7 @@ def test_adamw_in_shards_is_the_whole_bit_for_bit(monkeypatch, n, block):
 # --- Muon ---------------------------------------------------------------------------------------
 
 
-def naive_muon(p, gradients, lr, decay, momentum=0.95):
+def naive_muon(p, gradients, lr, decay, momentum=0.9):
     """The formulas of Jordan on one matrix; the polynomial acts on the singular values alone."""
     m = np.zeros_like(p)
     for g in gradients:
@@ -308,7 +308,7 @@ def test_time_update_takes_the_faster_step_and_leaves_the_run_alone(monkeypatch,
     monkeypatch.setattr(optimizers.time, "perf_counter", lambda: next(clock))
     params = train.init_params(TINY)
     optimizer, workers = optimizers.make_optimizer(name, params), make_workers(params)
-    workers.grads[0].flat[...] = np.nan  # of a run that is about to diverge
+    workers.grads.flat[...] = np.nan  # of a run that is about to diverge
     before = params.flat.copy()
     seconds = optimizers.time_update(optimizer, params, make_config(optimizer=name), workers)
     assert seconds == 3
