@@ -83,6 +83,7 @@ import {module}
 
 IDLE = """
 import time
+import numpy as np
 x = np.ones((512, 512), np.float32)
 x @ x
 import gpt2
