@@ -227,7 +227,7 @@ def matmul(a: Float[ndarray, "N I"], b: Float[ndarray, "I O"]) -> Float[ndarray,
     return np.ascontiguousarray(out.T)
 
 
-GEMMS = {"f": ("cblas_sgemm", ctypes.c_float), "d": ("cblas_dgemm", ctypes.c_double)}
+REALS = {"f": ("s", ctypes.c_float), "d": ("d", ctypes.c_double)}  # by dtype: BLAS's names
 
 
 def gemm(out: Float[ndarray, "M O"], a: Float[ndarray, "M N"], b: Float[ndarray, "N O"]) -> bool:
@@ -236,9 +236,10 @@ def gemm(out: Float[ndarray, "M O"], a: Float[ndarray, "M N"], b: Float[ndarray,
     As in the gradient of a weight, `a` is the transpose of a contiguous matrix, or some rows of it.
     """
     n_rows, n_columns, n = *out.shape, len(b)
-    name, real = GEMMS.get(out.dtype.char, ("", float))
+    prefix, real = REALS.get(out.dtype.char, ("", float))
     is_plain = out.flags.carray and a.strides[0] == a.itemsize and b.flags.c_contiguous
-    function = openblas(name) if is_plain and out.dtype == a.dtype == b.dtype else None
+    is_plain = is_plain and out.dtype == a.dtype == b.dtype and bool(prefix)
+    function = openblas(f"cblas_{prefix}gemm") if is_plain else None
     if function is None:
         return False
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
@@ -251,6 +252,26 @@ def gemm(out: Float[ndarray, "M O"], a: Float[ndarray, "M N"], b: Float[ndarray,
         *(real(1), pointer(out.ctypes.data), integer(n_columns)),
     )
     return True
+
+
+def axpby(
+    a: float, x: Float[ndarray, " N"], b: float, y: Float[ndarray, " N"]
+) -> Float[ndarray, " N"]:
+    """y <- a x + b y, in place and in one pass where NumPy's BLAS is OpenBLAS; return y."""
+    prefix, real = REALS.get(y.dtype.char, ("", float))
+    is_plain = x.dtype == y.dtype and x.flags.c_contiguous and y.flags.carray and x.size == y.size
+    function = openblas(f"cblas_{prefix}axpby") if is_plain and prefix else None
+    if function is None:
+        y *= b
+        y += a * x
+        return y
+    integer, pointer, one = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64(1)
+    function.restype = None
+    function(
+        *(integer(x.size), real(a), pointer(x.ctypes.data), one),
+        *(real(b), pointer(y.ctypes.data), one),
+    )
+    return y
 
 
 def sum_last(x: Float[ndarray, "*N C"], *factors: Float[ndarray, "*N C"]) -> Float[ndarray, "*N 1"]:

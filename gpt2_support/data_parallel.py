@@ -66,7 +66,7 @@ class DataParallel:
         depends on `seed`, rank, thread and batch. Raises ValueError if every target is -1.
         """
         batches = list(batches)
-        n_counted = self._count_targets(batches)
+        n_counted = float(self._count_targets(batches))
         n_threads = largest_divisor(len(batches[0][0]), self.n_threads)
         turns = Turns(n_threads)
 

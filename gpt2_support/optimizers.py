@@ -47,21 +47,15 @@ def adamw_update(
     m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t) make up for the start from zero. Kingma and
     Ba 2014, arXiv:1412.6980; the decay apart: Loshchilov and Hutter 2017, arXiv:1711.05101.
     """
-    g = g * (scale * (1 - c.beta1))
-    m *= c.beta1
-    m += g
-    g *= g
-    g *= (1 - c.beta2) / (1 - c.beta1) ** 2
-    v *= c.beta2
-    v += g
+    blas.axpby(scale * (1 - c.beta1), g, c.beta1, m)
+    square = g * g
+    blas.axpby(scale**2 * (1 - c.beta2), square, c.beta2, v)
     root = math.sqrt(1 - c.beta2**t)  # m and v are corrected by way of lr and eps
-    update = np.sqrt(v, out=g)
+    update = np.sqrt(v, out=square)
     update += c.eps * root
     np.divide(m, update, out=update)
-    update *= lr * root / (1 - c.beta1**t)
-    if decays:
-        p *= 1 - lr * c.weight_decay
-    p -= update
+    step = lr * root / (1 - c.beta1**t)
+    blas.axpby(-step, update, 1 - lr * c.weight_decay if decays else 1.0, p)
 
 
 def muon_update(p: Matrices, g: Matrices, m: Matrices, lr: float, c: Any, scale: float) -> None:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -204,3 +205,26 @@ def test_another_blas_has_one_thread_and_unknown_kernels(monkeypatch):
     with blas.one_thread():
         assert blas.get_threads() == 1
     assert blas.kernels() == "unknown"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("case", ["plain", "strided", "no OpenBLAS"])
+def test_axpby_adds_in_place(monkeypatch, dtype, case):
+    if case == "no OpenBLAS":
+        monkeypatch.setattr(blas, "openblas", lambda function: None)
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 1000)).astype(dtype)
+    x, y = (x[::2], y[::2]) if case == "strided" else (x, y)
+    expected = 0.3 * x.astype(float) - 0.9 * y.astype(float)
+    assert blas.axpby(0.3, x, -0.9, y) is y
+    np.testing.assert_allclose(y, expected, rtol=0, atol=4 * np.finfo(dtype).eps)
+
+
+def test_axpby_refuses_what_does_not_fit():
+    x, y = np.ones(4), np.ones(3)
+    with pytest.raises((ValueError, TypeError)):  # or the check of types says so
+        blas.axpby(1.0, x, 1.0, y)
+    y = np.ones(4)
+    y.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        blas.axpby(1.0, x, 1.0, y)
