@@ -11,7 +11,7 @@ from helpers import TEXT, TINY
 import train
 from gpt2_support import planning
 from gpt2_support.distributed import ProcessGroup
-from gpt2_support.params import Config
+from gpt2_support.params import Config, n_params
 
 
 def make_args(given=(), **values):
@@ -103,6 +103,15 @@ def test_a_given_width_decides_heads_and_context(n_embd, n_head, n_ctx):
 def test_candidates_refuse_heads_that_do_not_divide():
     with pytest.raises(ValueError, match="n_embd = 10 is not a multiple of n_head = 3"):
         planning.candidates({"n_head": 3, "n_embd": 10}, 300)
+
+
+def test_memory_is_that_of_four_buffers_and_activations_however_many_threads():
+    model = Config(n_vocab=5000, n_ctx=2, n_embd=64, n_head=1, n_layer=2)
+    n, config = n_params(model), train.TrainConfig(batch_size=2, seq_len=2)
+    bytes_needed = planning.memory(model, config, 256)
+    assert 16 * n < bytes_needed < 17.5 * n
+    assert planning.memory(model, replace(config, threads=2), 256) == bytes_needed
+    assert planning.memory(model, config, 256, n // 2) == bytes_needed - 4 * 2 * (n - n // 2)
 
 
 def test_memory_limit_is_infinite_where_it_is_not_told(monkeypatch):
