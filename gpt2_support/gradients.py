@@ -33,12 +33,12 @@ def accumulate(out: Float[ndarray, "*N"], values: Float[ndarray, "*N"]) -> None:
 def accumulate_rows(
     out: Float[ndarray, "M C"], numbers: Integer[ndarray, " N"], rows: Float[ndarray, "N C"]
 ) -> None:
-    """out[numbers] += rows, where a number may occur more than once."""
+    """out[numbers] += rows, where a number may occur more than once; `out` is contiguous."""
     with turn(out) as is_first:
         if is_first:
             out[...] = 0
-        for number, row in zip(numbers.tolist(), rows, strict=True):  # np.add.at is slower
-            out[number] += row
+        at = numbers.astype(np.intp)[:, None] * out.shape[1] + np.arange(out.shape[1])
+        np.add.at(out.reshape(-1), at.ravel(), rows.ravel())  # on one axis it is fast
 
 
 def accumulate_matmul(
