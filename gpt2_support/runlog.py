@@ -153,13 +153,11 @@ def parse_row(path: str | Path, line: str) -> Row:
 def plot_log(rows: list[Row], path: Path) -> None:
     """Draw training and validation loss over the steps to a PNG, if matplotlib is installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure  # without pyplot, which takes longer to import
     except ImportError:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=120)
+    figure = Figure(figsize=(8, 5), dpi=120)
+    axes = figure.subplots()
     for name, label in (("loss", "training (a batch)"), ("val_loss", "validation")):
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
         style: dict[str, Any] = {"marker": "."}
@@ -171,5 +169,4 @@ def plot_log(rows: list[Row], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", bbox_inches="tight")
-    plt.close(figure)
+        figure.savefig(file, format="png")
