@@ -230,21 +230,31 @@ def matmul(a: Float[ndarray, "N I"], b: Float[ndarray, "I O"]) -> Float[ndarray,
 REALS = {"f": ("s", ctypes.c_float), "d": ("d", ctypes.c_double)}  # by dtype: BLAS's names
 
 
+def cblas(name: str, *arrays: ndarray) -> tuple[Any, type]:
+    """Return OpenBLAS's function for arrays of one dtype, such as "gemm", and the type of a number.
+
+    The function is None if there is none for them.
+    """
+    dtypes = {array.dtype.char for array in arrays}
+    prefix, real = REALS.get(dtypes.pop(), ("", float))
+    function = openblas(f"cblas_{prefix}{name}") if prefix and not dtypes else None
+    if function is not None:
+        function.restype = None
+    return function, real
+
+
 def gemm(out: Float[ndarray, "M O"], a: Float[ndarray, "M N"], b: Float[ndarray, "N O"]) -> bool:
     """Let OpenBLAS do out += a @ b, which NumPy cannot ask for; return False if it cannot.
 
     As in the gradient of a weight, `a` is the transpose of a contiguous matrix, or some rows of it.
     """
     n_rows, n_columns, n = *out.shape, len(b)
-    prefix, real = REALS.get(out.dtype.char, ("", float))
+    function, real = cblas("gemm", out, a, b)
     is_plain = out.flags.carray and a.strides[0] == a.itemsize and b.flags.c_contiguous
-    is_plain = is_plain and out.dtype == a.dtype == b.dtype and bool(prefix)
-    function = openblas(f"cblas_{prefix}gemm") if is_plain else None
-    if function is None:
+    if function is None or not is_plain:
         return False
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     row_major, transposed, plain = 101, 112, 111  # from cblas.h
-    function.restype = None
     function(
         *(row_major, transposed, plain, integer(n_rows), integer(n_columns), integer(n)),
         *(real(1), pointer(a.ctypes.data), integer(a.strides[1] // a.itemsize)),
@@ -258,15 +268,13 @@ def axpby(
     a: float, x: Float[ndarray, " N"], b: float, y: Float[ndarray, " N"]
 ) -> Float[ndarray, " N"]:
     """y <- a x + b y, in place and in one pass where NumPy's BLAS is OpenBLAS; return y."""
-    prefix, real = REALS.get(y.dtype.char, ("", float))
-    is_plain = x.dtype == y.dtype and x.flags.c_contiguous and y.flags.carray and x.size == y.size
-    function = openblas(f"cblas_{prefix}axpby") if is_plain and prefix else None
-    if function is None:
+    function, real = cblas("axpby", x, y)
+    is_plain = x.flags.c_contiguous and y.flags.carray and x.size == y.size
+    if function is None or not is_plain:
         y *= b
         y += a * x
         return y
     integer, pointer, one = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64(1)
-    function.restype = None
     function(
         *(integer(x.size), real(a), pointer(x.ctypes.data), one),
         *(real(b), pointer(y.ctypes.data), one),

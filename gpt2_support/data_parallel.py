@@ -39,7 +39,7 @@ class DataParallel:
 
     Every thread runs the whole model on its rows of the batch, with one BLAS thread, so that the
     elementwise work is shared as well as the matrix products. They add to one gradient by turns. A
-    single thread leaves the products to all BLAS threads.
+    single thread leaves the products to all BLAS threads. Given `grads`, they overwrite that.
     """
 
     def __init__(
@@ -49,10 +49,11 @@ class DataParallel:
         n_threads: int = 1,
         group: ProcessGroup | None = None,
         dropout: float = 0.0,
+        grads: Params | None = None,
     ) -> None:
         self._loss_and_grads, self.dropout = loss_and_grads, dropout
         self.n_threads, self.group = n_threads, group or ProcessGroup()
-        self.grads = params.zeros_like()
+        self.grads = params.zeros_like() if grads is None else grads
         is_large = params.flat.size > 1 << 20  # so that waking a thread costs less than it does
         self.n_elementwise = max(n_threads, blas.get_threads()) if is_large else n_threads
         self.pool = ThreadPoolExecutor(self.n_elementwise)
@@ -67,12 +68,13 @@ class DataParallel:
         """
         batches = list(batches)
         n_counted = float(self._count_targets(batches))
-        n_threads = largest_divisor(len(batches[0][0]), self.n_threads)
+        n_rows = math.gcd(*(len(tokens) for tokens, _ in batches))
+        n_threads = largest_divisor(n_rows, self.n_threads)  # so that all have equal rows
         turns = Turns(n_threads)
 
         def add_gradients(i: int, n: int) -> list[float]:  # of the rows i, i + n, ... of each batch
             losses = []
-            with turns.taken_by(i), np.errstate(all="ignore"):  # train_step tells of such results
+            with turns.taken_by(i), np.errstate(all="ignore"):  # train_step tells of NaN
                 for number, (tokens, targets) in enumerate(batches):
                     drop = self._drop(*seed, self.group.rank, i, number)
                     rows = tokens[i::n], targets[i::n]
@@ -133,7 +135,8 @@ def fastest(
     """
     best: tuple[DataParallel, float] | None = None
     for n_threads in thread_counts:
-        workers = DataParallel(loss_and_grads, params, n_threads, group, dropout)
+        grads = best[0].grads if best else None  # a large model has memory for one
+        workers = DataParallel(loss_and_grads, params, n_threads, group, dropout, grads)
         seconds = workers.time_batch(params, batch)
         if best and seconds > best[1]:
             break

@@ -27,7 +27,7 @@ def accumulate(out: Float[ndarray, "*N"], values: Float[ndarray, "*N"]) -> None:
         if is_first:
             out[...] = values
         else:
-            np.add(out, values, out=out)
+            out += values
 
 
 def accumulate_rows(
@@ -44,7 +44,7 @@ def accumulate_rows(
 def accumulate_matmul(
     out: Float[ndarray, "M O"], a: Float[ndarray, "M N"], b: Float[ndarray, "N O"]
 ) -> None:
-    """out += a @ b, without a temporary as large as `out`: by BLAS itself, or in blocks of rows."""
+    """out += a @ b, a block of rows at a time; BLAS itself adds to a large `out`."""
     for start in range(0, len(out), ACCUMULATED_ROWS):
         rows = slice(start, start + ACCUMULATED_ROWS)
         with turn(out[rows]) as is_first:
@@ -82,6 +82,7 @@ class Turns:
             _local.turns = None
 
     def is_next(self, thread: int, address: int) -> bool:
+        """Whether it is a thread's turn to add to the array at an address."""
         return self.n_additions[address] % self.n_threads == thread or self.has_failed
 
 

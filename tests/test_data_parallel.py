@@ -57,16 +57,18 @@ def test_thread_counts_divide_the_rows(n_rows, seq_len, n_embd, n_cores, counts)
     ],
 )
 def test_fastest_is_the_last_before_a_slower_one(monkeypatch, seconds, best, tried):
-    timed = []
+    timed, used = [], []
 
     def time_batch(workers, params, batch):
         timed.append(workers.n_threads)
+        used.append(workers.grads)
         return seconds[workers.n_threads]
 
     monkeypatch.setattr(data_parallel.DataParallel, "time_batch", time_batch)
     batch = np.zeros((1, 4), int), np.zeros((1, 4), int)
     workers, time = data_parallel.fastest(gpt2.loss_and_grads, Params(TINY), batch, list(seconds))
     assert (workers.n_threads, time) == (best, seconds[best])
+    assert all(grads is workers.grads for grads in used)  # one gradient for all that are tried
     assert len(timed) == tried
 
 
@@ -123,6 +125,15 @@ def test_loss_and_gradient_do_not_depend_on_who_shares_the_targets(case, n_threa
     parts = (np.split(array, n_batches) for array in (tokens, targets))
     actual = share(params, list(zip(*parts, strict=True)), n_threads)
     assert_same(actual, (loss, grads.flat))
+
+
+def test_batches_of_other_sizes_add_up(monkeypatch):
+    """With blocks of one row, a thread of more rows than another would wait for it for ever."""
+    monkeypatch.setattr(gpt2, "LM_HEAD_ROWS", 1)
+    params, (tokens, targets) = random_params(TINY), ignore_targets("none")
+    loss, grads = gpt2.loss_and_grads(params, tokens, targets)
+    parts = [(tokens[:4], targets[:4]), (tokens[4:7], targets[4:7]), (tokens[7:], targets[7:])]
+    assert_same(share(params, parts, 2), (loss, grads.flat))
 
 
 @pytest.mark.parametrize("case", IGNORED)
