@@ -28,7 +28,7 @@ from gpt2_support import blas, checks, cli, gpt2_cli, hooks, hub, tiles  # isort
 
 import numpy as np
 
-from gpt2_support.blas import matmul, mean_last, sum_last
+from gpt2_support.blas import matmul, max_last, mean_last, sum_last, sum_rows
 from gpt2_support.checks import GREEDY, IGNORE_INDEX, Sampling
 from gpt2_support.gradients import accumulate, accumulate_matmul, accumulate_rows
 from gpt2_support.hooks import NO_HOOK, NoHook
@@ -94,8 +94,8 @@ def layer_norm_backward(
 ) -> AnyRows:
     """dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)), where dxhat = dout g."""
     xhat, rstd = cache
-    accumulate(d.b, as_rows(dout).sum(0))
-    accumulate(d.g, as_rows(dout * xhat).sum(0))
+    accumulate(d.b, sum_rows(as_rows(dout)))
+    accumulate(d.g, sum_rows(as_rows(dout), as_rows(xhat)))
     dxhat = dout * p.g
     dxhat -= mean_last(dxhat) + xhat * mean_last(dxhat, xhat)
     dxhat *= rstd
@@ -111,7 +111,7 @@ def linear(x: AnyRows, p: Linear) -> tuple[Float[ndarray, "*N O"], AnyRows]:
 
 def linear_backward(dout: Float[ndarray, "*N O"], x: AnyRows, p: Linear, d: Linear) -> AnyRows:
     """dx = dout w;  dw = dout^T x;  db = the sum of dout over all rows."""
-    accumulate(d.b, as_rows(dout).sum(0))
+    accumulate(d.b, sum_rows(as_rows(dout)))
     accumulate_matmul(d.w, as_rows(dout).T, as_rows(x))
     return (as_rows(dout) @ p.w).reshape(x.shape)
 
@@ -150,7 +150,7 @@ def softmax(x: AnyRows) -> AnyRows:
 
     Subtracts the row maximum so that exp cannot overflow.
     """
-    x -= x.max(-1, keepdims=True)
+    x -= max_last(x)
     np.exp(x, out=x)
     x /= sum_last(x)
     return x
@@ -396,7 +396,7 @@ def cross_entropy(
 
     logits (N, V), which it overwrites, targets (N,) -> losses (N,).
     """
-    logits -= logits.max(-1, keepdims=True)
+    logits -= max_last(logits)
     at_target = logits[np.arange(len(targets)), targets]
     exp = np.exp(logits, out=logits)
     total = sum_last(exp)[:, 0]

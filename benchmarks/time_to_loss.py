@@ -88,7 +88,7 @@ def train_ours(folder, env, steps):
     texts = ["--data", str(folder / "train.txt"), "--val_data", str(folder / "val.txt")]
     out = str(folder / f"ours-{steps}")
     argv = [sys.executable, "train.py", *texts, *OURS.split(), "--out", out, "--steps", str(steps)]
-    argv += ["--eval_every", str(-(-steps // 4))]
+    argv += ["--eval_every", str(-(-steps // 3))]
     pattern = rb"step (\d+): validation loss ([\d.]+)"
     seconds, points = timed_losses(argv, pattern, run.ROOT, env)
     argv = [sys.executable, "train.py", "--eval_only", "--init", out, "--data", texts[3]]

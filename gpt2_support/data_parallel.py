@@ -118,7 +118,7 @@ class DataParallel:
         first = seconds()  # this also fetches memory and wakes threads
         if first > 2:
             return first
-        return statistics.median(seconds() for _ in range(5 if first < 0.2 else 1))
+        return statistics.median(seconds() for _ in range(3 if first < 0.2 else 1))
 
 
 def fastest(

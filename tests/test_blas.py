@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -84,6 +85,7 @@ import {module}
 
 IDLE = """
 import time
+from functools import partial
 import numpy as np
 x = np.ones((512, 512), np.float32)
 x @ x
@@ -228,3 +230,25 @@ def test_axpby_refuses_what_does_not_fit():
     y.flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
         blas.axpby(1.0, x, 1.0, y)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 16), (1, 1), (0, 3)])
+def test_reductions_are_numpys_own(dtype, shape):
+    x, y = np.random.default_rng(0).standard_normal((2, *shape)).astype(dtype)
+    rows, others = x.reshape(-1, shape[-1]), y.reshape(-1, shape[-1])
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    if x.size:
+        np.testing.assert_array_equal(blas.max_last(x), x.max(-1, keepdims=True))
+    close(blas.sum_last(x, y), (x * y).sum(-1, keepdims=True))
+    close(blas.mean_last(x), x.mean(-1, keepdims=True))
+    close(blas.sum_rows(rows), rows.sum(0))
+    close(blas.sum_rows(rows, others), (rows * others).sum(0))
+    results = blas.max_last(x), blas.sum_last(x), blas.sum_rows(rows), blas.sum_rows(rows, rows)
+    assert {out.dtype for out in results} == {np.dtype(dtype)}
+
+
+def test_max_last_finds_infinity_nan_and_views():
+    x = np.array([[1, -np.inf, 2], [-np.inf, -np.inf, -np.inf], [3, np.nan, 5], [np.inf, 0, 1]])
+    np.testing.assert_array_equal(blas.max_last(x)[:, 0], [2, -np.inf, np.nan, np.inf])
+    np.testing.assert_array_equal(blas.max_last(x.T)[:, 0], x.T.max(-1))
