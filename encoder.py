@@ -276,7 +276,8 @@ class PairCounts:
     """The pre-tokens as lists of ids, and how often each pair of neighbours occurs in them."""
 
     def __init__(self, pretokens: Counter[str], ranks: dict[bytes, int]) -> None:
-        self.pretokens = [[ranks[bytes([b])] for b in text.encode()] for text in pretokens]
+        byte_ids = [ranks[bytes([byte])] for byte in range(256)]
+        self.pretokens = [[byte_ids[byte] for byte in text.encode()] for text in pretokens]
         self.weights = list(pretokens.values())
         self.counts: Counter[Pair] = Counter()
         self.where: defaultdict[Pair, set[int]] = defaultdict(set)  # indices of pre-tokens
