@@ -182,6 +182,15 @@ def test_functions_in_the_readme_are_those_of_the_code():
             assert ast.get_source_segment(block, node) in source
 
 
+def test_lines_of_the_lessons_are_counted():
+    counts = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)
+    counts += re.findall(r"^\| `(params\.py)`.*\((\d+) lines;", README, re.M)
+    assert [name for name, _ in counts] == ["gpt2.py", "encoder.py", "train.py", "params.py"]
+    for name, n_lines in counts:
+        path = ROOT / ("gpt2_support/params.py" if name == "params.py" else name)
+        assert len(path.read_text(encoding="utf-8").splitlines()) == int(n_lines), name
+
+
 def test_story_of_the_readme_is_what_the_bundled_model_writes(run):
     """Its beginning: another BLAS rounds otherwise, which may change a word in the end."""
     prompt, flags = re.search(
