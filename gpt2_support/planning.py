@@ -44,7 +44,8 @@ MODELS = (  # of these shapes, the smallest first
     (12, 12, 768, 512),
 )
 TOKENS_PER_PARAMETER = 10  # that a model is to read
-TOKENS_PER_STEP, MAX_STEPS = 1024, 4000  # with more steps than that, the batch is doubled
+BATCHES = ((2048, 4096), (1024, 0))  # tokens a step, from a vocabulary of so many on
+MAX_STEPS = 4000  # with more steps than that, the batch is doubled
 WORTH_OF_PASSES = 15  # however often a text is read, that is worth this many other texts
 MAX_PASSES = 40
 DROPOUT, DROPOUT_PASSES = 0.1, 4  # of a text that is read more often, and could be learned by heart
@@ -184,13 +185,14 @@ def choose_vocabulary(args: Namespace, text: Path) -> None:
 
 
 def choose_batch(args: Namespace, model: Config, n_tokens: int, n_steps: float = 1.0) -> None:
-    """Choose --batch_size: of TOKENS_PER_STEP, doubled until n_steps become MAX_STEPS at most.
+    """Choose --batch_size: by BATCHES, doubled until n_steps become MAX_STEPS at most.
 
     n_tokens are those of the text, which has to fill a batch.
     """
     seq_len, ranks = args.seq_len or model.n_ctx, args.group.size
     n_doubled = math.ceil(math.log2(max(1, n_steps / MAX_STEPS)))
-    n_windows = min(TOKENS_PER_STEP * 2**n_doubled, n_tokens - 1) // seq_len
+    per_step = next(n for n, enough in BATCHES if model.n_vocab >= enough)
+    n_windows = min(per_step * 2**n_doubled, n_tokens - 1) // seq_len
     choose(args, args, batch_size=max(1, n_windows // ranks) * ranks)
 
 

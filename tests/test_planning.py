@@ -141,6 +141,8 @@ def test_batch_is_of_so_many_tokens_and_ranks(n_tokens, n_steps, ranks, expected
     args.group.size = ranks
     planning.choose_batch(args, replace(TINY, n_ctx=128), n_tokens, n_steps)
     assert args.batch_size == expected
+    planning.choose_batch(args, replace(TINY, n_ctx=128, n_vocab=4096), 10**6)
+    assert args.batch_size == 16 // ranks * ranks  # twice as many for a large vocabulary
     args = make_args(given=["batch_size"], batch_size=5)
     planning.choose_batch(args, TINY, n_tokens, n_steps)
     assert args.batch_size == 5
