@@ -14,7 +14,6 @@ import json
 import os
 import stat
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
@@ -43,8 +42,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     file = open_temporary(path)
     try:
         with with_path(path), file:
-            with writing_behind(file):
-                yield file
+            yield file
             sync(file)
             if sys.platform == "win32":  # which renames no open file
                 file.close()
@@ -79,33 +77,6 @@ def sync(file: IO[Any]) -> None:
     """Return when everything written to the file so far is on the disk."""
     file.flush()
     os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def writing_behind(file: IO[Any]) -> Iterator[None]:
-    """Within the block, bring to the disk what has been written so far, again and again.
-
-    So the disk is at work all the time, not only in the `sync` at the end of a large file. Raises
-    the OSError of a disk that fails: the system reports it once, here or in `sync`.
-    """
-    is_over, errors = threading.Event(), []
-
-    def write_behind() -> None:
-        try:
-            while not is_over.wait(0.05):
-                os.fsync(file.fileno())
-        except OSError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=write_behind, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 def remove_leftovers(path: Path) -> None:

@@ -1,8 +1,6 @@
 """Tests of gpt2_support/files.py: atomic writes and locks; more of both in test_faults.py."""
 
-import errno
 import os
-import threading
 
 import pytest
 from model_files import contents
@@ -26,23 +24,6 @@ def test_atomic_write_names_the_file_when_the_disk_is_full(tmp_path):
     with full, files.atomic_write(tmp_path / "model.bin"):
         raise OSError(28, "No space left on device")
     assert contents(tmp_path) == {}
-
-
-def test_atomic_write_tells_of_a_disk_that_fails_meanwhile(tmp_path, monkeypatch):
-    path, failed = tmp_path / "file", threading.Event()
-    path.write_bytes(b"old")
-
-    def fail_once(descriptor):
-        if not failed.is_set():  # the system tells of it once
-            failed.set()
-            raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(files.os, "fsync", fail_once)
-    error = pytest.raises(OSError, match=r"Input/output error.*file")
-    with error, files.atomic_write(path) as file:
-        file.write(b"new")
-        assert failed.wait(10)
-    assert contents(tmp_path) == {"file": b"old"}
 
 
 def test_atomic_writes_of_one_file_at_once_are_each_whole(tmp_path):
