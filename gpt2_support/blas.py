@@ -307,8 +307,10 @@ def max_last(x: Float[ndarray, "*N C"]) -> Float[ndarray, "*N 1"]:
     return rows[np.arange(len(rows)), rows.argmax(-1)].reshape(*x.shape[:-1], 1)
 
 
-def sum_rows(x: Float[ndarray, "N C"], *factors: Float[ndarray, "N C"]) -> Float[ndarray, " C"]:
-    """Sum the product of arrays (N, C) over all rows -> (C,), without the product array."""
-    if not factors:
+def sum_rows(
+    x: Float[ndarray, "N C"], factor: Float[ndarray, "N C"] | None = None
+) -> Float[ndarray, " C"]:
+    """Sum x (N, C), or x times a factor, over all rows -> (C,)."""
+    if factor is None:
         return np.ones(len(x), x.dtype) @ x  # faster than `sum`, and more exact
-    return np.einsum(",".join(["nc"] * (1 + len(factors))) + "->c", x, *factors)
+    return np.einsum("nc,nc->c", x, factor)  # without the product array

@@ -14,7 +14,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from gpt2_support.data_parallel import DataParallel, fastest, thread_counts
+from gpt2_support.data_parallel import DataParallel, fastest, largest_divisor, thread_counts
 from gpt2_support.messages import info
 from gpt2_support.optimizers import time_update
 from gpt2_support.params import Config, n_params
@@ -44,14 +44,15 @@ MODELS = (  # of these shapes, the smallest first
     (12, 12, 768, 512),
 )
 TOKENS_PER_PARAMETER = 10  # that a model is to read
-BATCHES = ((2048, 4096), (1024, 0))  # tokens a step, from a vocabulary of so many on
+# (size of the vocabulary, from so many bytes of text on); (tokens a step, from such a size on)
+VOCABULARIES = ((4096, 10_000_000), (1024, 300_000), (512, 100_000), (257, 0))
+BATCHES = ((2048, 4096), (1024, 0))
 MAX_STEPS = 4000  # with more steps than that, the batch is doubled
 WORTH_OF_PASSES = 15  # however often a text is read, that is worth this many other texts
 MAX_PASSES = 40
 DROPOUT, DROPOUT_PASSES = 0.1, 4  # of a text that is read more often, and could be learned by heart
 REPORTS = 10  # validations and checkpoints, which take a tenth of the time at most
 REPORT_SECONDS = 0.3, 2e-7  # of a checkpoint, the best model and a sample; for each parameter
-VOCABULARIES = ((4096, 10_000_000), (1024, 300_000), (512, 100_000))  # size, from so many bytes on
 
 
 # ----------------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ def candidates(given: dict[str, int], n_vocab: int) -> list[Config]:
         if "n_embd" not in given:
             shape["n_embd"] = -(-n_embd // n_head) * n_head
         elif "n_head" not in given:
-            shape["n_head"] = next(n for n in range(n_head, 0, -1) if n_embd % n == 0)
+            shape["n_head"] = largest_divisor(n_embd, n_head)
         models.append(Config(n_vocab, **shape))
     return [*dict.fromkeys(models)]
 
@@ -177,11 +178,15 @@ def choose(args: Namespace, settings: Any, **values: Any) -> None:
     vars(settings).update({name: x for name, x in values.items() if name not in args.given})
 
 
+def look_up(table: Iterable[tuple[int, int]], n: int) -> int:
+    """Return the first value of [(value, least n)] for which n is enough."""
+    return next(value for value, enough in table if n >= enough)
+
+
 def choose_vocabulary(args: Namespace, text: Path) -> None:
     """Choose --n_vocab for --minutes: 257 are the bytes and end-of-text alone."""
     n_bytes = text.stat().st_size
-    n_vocab = next((n for n, enough in VOCABULARIES if n_bytes >= enough), 257)
-    choose(args, args, n_vocab=n_vocab)
+    choose(args, args, n_vocab=look_up(VOCABULARIES, n_bytes))
 
 
 def choose_batch(args: Namespace, model: Config, n_tokens: int, n_steps: float = 1.0) -> None:
@@ -191,8 +196,8 @@ def choose_batch(args: Namespace, model: Config, n_tokens: int, n_steps: float =
     """
     seq_len, ranks = args.seq_len or model.n_ctx, args.group.size
     n_doubled = math.ceil(math.log2(max(1, n_steps / MAX_STEPS)))
-    per_step = next(n for n, enough in BATCHES if model.n_vocab >= enough)
-    n_windows = min(per_step * 2**n_doubled, n_tokens - 1) // seq_len
+    per_step = look_up(BATCHES, model.n_vocab) * 2**n_doubled
+    n_windows = min(per_step, n_tokens - 1) // seq_len
     choose(args, args, batch_size=max(1, n_windows // ranks) * ranks)
 
 
