@@ -86,7 +86,9 @@ def layer_norm(x: AnyRows, p: LayerNorm, eps: float = 1e-5) -> tuple[AnyRows, La
     xhat = x - mean_last(x)
     rstd = 1 / np.sqrt(mean_last(xhat, xhat) + eps)
     xhat *= rstd
-    return xhat * p.g + p.b, LayerNormCache(xhat, rstd)
+    out = xhat * p.g
+    out += p.b
+    return out, LayerNormCache(xhat, rstd)
 
 
 def layer_norm_backward(
@@ -97,7 +99,8 @@ def layer_norm_backward(
     accumulate(d.b, sum_rows(as_rows(dout)))
     accumulate(d.g, sum_rows(as_rows(dout), as_rows(xhat)))
     dxhat = dout * p.g
-    dxhat -= mean_last(dxhat) + xhat * mean_last(dxhat, xhat)
+    dxhat -= mean_last(dxhat)
+    dxhat -= xhat * mean_last(dxhat, xhat)  # the line above does not change this mean
     dxhat *= rstd
     return dxhat
 
@@ -130,7 +133,10 @@ def gelu(x: AnyRows) -> tuple[AnyRows, GeluCache]:
     Hendrycks and Gimpel 2016, arXiv:1606.08415, in the tanh form that GPT-2 was trained with. The
     sigmoid needs exp, which takes less time than tanh.
     """
-    sigmoid = (x * x * (-2 * 0.044715 * GELU_SCALE) - 2 * GELU_SCALE) * x  # -2 u, for now
+    sigmoid = x * x
+    sigmoid *= -2 * 0.044715 * GELU_SCALE
+    sigmoid -= 2 * GELU_SCALE
+    sigmoid *= x  # -2 u, for now
     with np.errstate(over="ignore"):  # where exp is infinite, the sigmoid is 0
         np.exp(sigmoid, out=sigmoid)
     sigmoid += 1
@@ -141,8 +147,15 @@ def gelu(x: AnyRows) -> tuple[AnyRows, GeluCache]:
 def gelu_backward(dout: AnyRows, cache: GeluCache) -> AnyRows:
     """dx = dout sigmoid (1 + x (1 - sigmoid) 2 sqrt(2 / pi) (1 + 3 0.044715 x^2))."""
     x, sigmoid = cache
-    slope = (x * x * (6 * 0.044715 * GELU_SCALE) + 2 * GELU_SCALE) * x  # of 2 u, times x
-    return (slope * (1 - sigmoid) + 1) * sigmoid * dout
+    dx = x * x
+    dx *= 6 * 0.044715 * GELU_SCALE
+    dx += 2 * GELU_SCALE  # the derivative of 2 u
+    dx *= x
+    dx *= 1 - sigmoid
+    dx += 1
+    dx *= sigmoid
+    dx *= dout
+    return dx
 
 
 def softmax(x: AnyRows) -> AnyRows:
@@ -170,8 +183,8 @@ def scaled_dot_product_attention(
 
     Vaswani et al. 2017, arXiv:1706.03762, 3.2.1.
     """
+    q = q * (1 / math.sqrt(q.shape[-1]))  # fewer values than the scores
     att = q @ k.swapaxes(-1, -2)  # (B, H, T, S)
-    att *= 1 / math.sqrt(q.shape[-1])
     probs = softmax(mask_future(att, positions))
     att = hook("attn.att", probs)
     return att @ v, (probs, att)
@@ -197,9 +210,9 @@ def scaled_dot_product_attention_backward(
     q, k, v, (probs, att) = cache
     dv = att.swapaxes(-1, -2) @ dout
     datt = hook.backward("attn.att", dout @ v.swapaxes(-1, -2))
-    datt = softmax_backward(datt, probs)
-    datt *= 1 / math.sqrt(q.shape[-1])
-    return datt @ k, datt.swapaxes(-1, -2) @ q, dv
+    dscores = softmax_backward(datt, probs)
+    scale = 1 / math.sqrt(q.shape[-1])
+    return dscores @ k * scale, dscores.swapaxes(-1, -2) @ q * scale, dv
 
 
 def attention(
