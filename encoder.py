@@ -46,7 +46,7 @@ Pair: TypeAlias = tuple[int, int]  # the ids of two neighbours
 # ----------------------------------------------------------------------------------------------
 # Splitting: nothing is ever merged across two pre-tokens, so that "dog." and "dog!" share a token
 
-# A pre-token is a run of letters, of digits, or of other characters, each with a space before it;
+# A pre-token is a run of letters, digits or other characters, after at most one space;
 # or a contraction; or whitespace, without its last character if a word follows. It is OpenAI's
 # pattern with its alternatives in a faster order.
 SPLIT_PATTERN = regex.compile(

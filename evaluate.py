@@ -3,7 +3,7 @@
     from evaluate import Request, evaluate, score
 
     result = evaluate(params, tokens, token_lengths(enc), seq_len=1024, stride=512)
-    print(result)                             # nats a token, perplexity, bits a byte
+    print(result)                             # nats per token, perplexity, bits per byte
     ((first, second),) = score(gpt2, params, [Request(context, [ending, other])])
     first.nats.sum() < second.nats.sum()      # the first ending is the likelier one
 

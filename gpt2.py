@@ -343,8 +343,8 @@ def forward(
     `record`, a dict, receives every activation by name: the residual stream as "embed" and, after
     block 3, "h3"; within the block "h3.attn.att" and the others of `hooks.INNER`; "ln_f" and
     "logits". `edit`, a dict, replaces activations as they are computed, by an array or by what a
-    function makes of them; "h*.attn.heads.5" means head 5 in all blocks. What both deal in has the
-    shape that is recorded, and begins with B only if that of `tokens` does.
+    function makes of them; "h*.attn.heads.5" means head 5 in all blocks. Both use the same shapes,
+    which begin with B only if that of `tokens` does.
     Raises ValueError for an id outside the vocabulary, a position beyond n_ctx, or an unknown name.
     """
     batch, is_single = checks.check_tokens(params, tokens, kv), np.ndim(tokens) == 1
@@ -364,7 +364,7 @@ def transformer(
     hook: NoHook = NO_HOOK,
     caches: Caches = NO_CACHES,
 ) -> Stream:
-    """Run everything but the head: tokens (B, T) -> the output of ln_f, (B, T, C).
+    """Run everything but the LM head: tokens (B, T) -> the output of ln_f, (B, T, C).
 
     `caches` receives what the backward of each layer needs.
     """
@@ -442,8 +442,8 @@ def lm_head_loss(
 ) -> tuple[Float[ndarray, " N"], Rows | None]:
     """Cross-entropy of the logits x wte^T: x (N, C), targets (N,) -> losses (N,), dx (N, C).
 
-    With dwte, the gradient of the mean loss, the sum over n_counted (by default the number of
-    targets that count), is added to it and returned as dx. Works in blocks of rows, so the (N, V)
+    The mean loss is the sum over n_counted (by default the targets that count). With dwte, adds its
+    gradient for wte to dwte, and returns that for x as dx. Works in blocks of rows, so the (N, V)
     logits never exist whole.
     """
     is_counted = targets != IGNORE_INDEX
@@ -482,7 +482,7 @@ def loss_and_grads(
     record_grads: Record | None = None,
     edit: Edit | None = None,
 ) -> tuple[float, Params]:
-    """Return the mean cross-entropy in nats a token, and its gradient, a Params like `params`.
+    """Return the mean cross-entropy in nats per token, and its gradient, a Params like `params`.
 
     tokens and targets are (T,) or (B, T); targets of -1 do not count. With `grads`, the gradient
     is added to it, so that several batches accumulate. With `n_counted`, the sum of the losses is
@@ -513,7 +513,7 @@ def gradient(
     record_grads: Record | None = None,
     edit: Edit | None = None,
 ) -> Params:
-    """Return the gradient of any scalar, given its gradient `dlogits` by the logits of `forward`.
+    """Return the gradient of any scalar, given its gradient by the logits of `forward`, `dlogits`.
 
     The other parameters are those of `loss_and_grads`.
     """
@@ -662,8 +662,8 @@ def generate(
 
     `tokens` is a prompt, ids (T,), and each item an int; the iterator ends before the end-of-text
     id. Or `tokens` is a list of prompts of any lengths, and each item a list of one id for each; a
-    prompt that has reached end-of-text gives that id until all have. An empty prompt starts from
-    end-of-text. Each prompt gives what it gives alone: prompt b draws from numpy's
+    finished prompt repeats it until all have finished. An empty prompt starts from
+    end-of-text. Each prompt gives the same ids as alone: prompt b draws from numpy's
     default_rng(seed + b). At n_ctx the model re-reads the last half of the window and goes on.
 
     `eot` is the end-of-text id, by default the last of the vocabulary, as in GPT-2; None if there

@@ -80,7 +80,7 @@ def init_params(config: Config, seed: int = 0) -> Params:
 
 @dataclass
 class TrainConfig:
-    """How to train; the command line has a flag for each."""
+    """How to train. The command line has other defaults for some: see train_cli.DEFAULTS."""
 
     data: str | None = None  # where the tokens come from, for --resume
     val_data: str | None = None
@@ -126,10 +126,10 @@ class TrainState:
     params: Params
     config: TrainConfig = field(default_factory=TrainConfig)
     step: int = 0  # steps done; the position in the data follows from it
-    best_loss: float = math.inf  # the lowest validation loss so far, in nats a token
+    best_loss: float = math.inf  # the lowest validation loss so far, in nats per token
     best_step: int = 0  # where that was
     optimizer: AdamW = None  # type: ignore[assignment]  # made below
-    data: dict[str, str] | None = None  # what tells the data from any other
+    data: dict[str, str] | None = None  # fingerprints of the data
     is_consistent: bool = True  # False in the midst of an update
 
     def __post_init__(self) -> None:
@@ -151,7 +151,7 @@ class DataLoader:
 
     With order "random" each pass over the data cuts it at another offset and takes the windows in
     another order. Otherwise each takes all of them, first to last; llm.c's loader does the same,
-    but for windows at the end that fill no batch. Pass n depends on the seed and n only, so a
+    except windows at the end that fill no batch. Pass n depends on the seed and n only, so a
     resumed run needs nothing but the number of the step. Of n ranks, `rank` reads the windows
     rank, rank + n, ... of each batch: together they read what one alone would.
 

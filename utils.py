@@ -2,7 +2,7 @@
 
     from utils import convert, download, find_model, load_params, save_params
 
-    path = find_model("124M")                 # a folder of models/; downloads OpenAI's on first use
+    path = find_model("124M")                 # a folder of models/; downloaded on first use
     params = load_params(path)                # Params: params.wte, params.h[3].attn.c_attn.w, ...
     save_params("copy/model.bin", params)     # in llm.c's format
     convert("path/to/gpt2", "models/mine")    # from Hugging Face's, OpenAI's or llm.c's files
@@ -19,7 +19,7 @@ Tokens. `load_tokenizer` returns the bytes of every token and the end-of-text id
 OpenAI's or Hugging Face's files; `save_tokenizer` writes them as llm.c does. `load_tokens` maps a
 file of token ids into memory, `save_tokens` writes one.
 
-The rooms of `gpt2_support` define all of these. The command line is `python utils.py --help`.
+The modules of `gpt2_support` define all of these. The command line is `python utils.py --help`.
 """
 
 from gpt2_support.cli import run

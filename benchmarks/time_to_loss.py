@@ -132,7 +132,7 @@ def plot(record, path):
         axes.plot(seconds, losses, "o-", ms=4, label=f"{who}: {steps[-1]:,} steps")
     axes.axhline(record["runs"]["nanoGPT"]["points"][-1][2], color="0.6", lw=1, zorder=0)
     axes.set(xlabel="seconds since the program was started", xlim=(0, None), ylim=(None, 3))
-    axes.set(ylabel="validation loss, nats a character")
+    axes.set(ylabel="validation loss, nats per character")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, format="png")

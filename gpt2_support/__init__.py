@@ -1,4 +1,4 @@
-"""What the modules stand on: one room a concern; it imports none of them."""
+"""What the five programs are built on, one module per concern; it imports none of them."""
 
 # OpenBLAS reads its settings when NumPy is first imported, so this comes before any other room.
 from gpt2_support import blas as blas

@@ -133,7 +133,7 @@ def make_settings(cls: type[Dataclass], values: dict) -> Dataclass:
 
 
 def fingerprint(**tokens: ndarray) -> dict[str, str]:
-    """Return {name: a text that is another for other tokens (N,)}, for people to compare, too."""
+    """Return {name: a readable fingerprint of tokens (N,)}."""
     return {
         name: f"{len(ids)} tokens, checksum {zlib.crc32(ids.data):08x}"
         for name, ids in tokens.items()

@@ -68,8 +68,8 @@ def warn_unless_utf8(path: Path | str) -> None:
     share = (text.count("\ufffd") + text.count("\0")) / max(1, len(text))
     if share > 0.01:
         info(
-            f"{path}: {share:.0%} of its characters are not text in UTF-8. Is it a text file? If "
-            "it is, in UTF-16 or Latin-1 perhaps, convert it first"
+            f"{path}: {share:.0%} of its characters are not valid UTF-8. If it is text in UTF-16 "
+            "or Latin-1, convert it first"
         )
 
 

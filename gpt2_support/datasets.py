@@ -166,7 +166,7 @@ def make_folder(folder: Path) -> None:
 
 
 def cache_path(text: Path, digest: str, *others: bytes) -> Path:
-    """Return where something is kept that a text, by its digest, and the others decide."""
+    """Return the cache path of what depends on a text, by its digest, and on the others."""
     key = hashlib.sha256(b"".join([digest.encode(), *others])).hexdigest()[:16]
     return cache_dir() / f"{text.stem[:40]}.{key}.bin"
 

@@ -38,7 +38,7 @@ def vocabulary_size(text: str) -> int:
     """Return the n_vocab that a flag was given, for argparse's `type=`."""
     n_vocab = cli.positive_int(text)
     if n_vocab < 257:
-        raise argparse.ArgumentTypeError(f"{n_vocab} is below 257, all bytes and {EOT_TEXT}")
+        raise argparse.ArgumentTypeError(f"{n_vocab} is below 257, 256 bytes and {EOT_TEXT}")
     return n_vocab
 
 
@@ -151,7 +151,7 @@ def add_decode_command(commands: argparse._SubParsersAction) -> None:
         description="Print the text of token ids.",
         examples=["python encoder.py decode 15496 11 995 0"],
     )
-    add, ids = parser.add_argument, 'token ids, apart by spaces or commas; "-": standard input'
+    add, ids = parser.add_argument, 'token ids, separated by spaces or commas; "-": standard input'
     add("ids", metavar="ID", nargs="+", help=ids)
     add("--tokenizer", type=str, default="124M", help=TOKENIZER_HELP)
 

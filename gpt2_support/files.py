@@ -169,7 +169,7 @@ def open_locked(path: Path, wait: bool) -> IO[bytes]:
             if not wait:
                 file.close()
                 raise BlockingIOError(errno.EAGAIN, lock_holder(path), str(path))
-            info(f"{path}: waiting for another download of this model to end")
+            info(f"{path}: waiting for another download to end")
             while not try_lock(file):
                 time.sleep(0.2)
         if is_at(file, path):

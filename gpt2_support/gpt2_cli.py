@@ -37,10 +37,10 @@ def make_parser() -> cli.ArgumentParser:
         "- reads it from standard input, without its last line end; without one the model starts a "
         "text")  # fmt: skip
     add = parser.add_argument_group("model").add_argument
-    add("--model", type=str, help="124M, 355M, 774M or 1558M of OpenAI's, a GPT-2 of the Hugging "
-        "Face hub (distilgpt2, owner/name[@revision]), another in --models_dir, or a path, also "
-        "of a folder of Hugging Face's or OpenAI's; what is not there is downloaded (default: "
-        "124M, or stories where that cannot be downloaded)")  # fmt: skip
+    add("--model", type=str, help="OpenAI's 124M, 355M, 774M or 1558M, a GPT-2 on the Hugging "
+        "Face hub (distilgpt2, owner/name[@revision]), a model in --models_dir, or a path, also in "
+        "Hugging Face's or OpenAI's format; a missing model is downloaded (default: 124M, or "
+        "stories where that cannot be downloaded)")  # fmt: skip
     add("--models_dir", type=Path, default=hub.MODELS_DIR, help="folder of the models")
     add = parser.add_argument_group("text").add_argument
     add("--n_tokens", type=positive, default=40, help="tokens to generate at most")
@@ -63,9 +63,9 @@ def make_parser() -> cli.ArgumentParser:
     add("--seed", type=cli.natural, help="makes samples repeatable; sample i draws from seed + i "
         "(default: different each time)")  # fmt: skip
     add = parser.add_argument_group("reports, on standard error").add_argument
-    add("--explain", action="store_true", help="a line for each token: its probability, and the "
-        "most probable ones, as it was drawn from; at temperature 0, those of 1")  # fmt: skip
-    add("--stats", action="store_true", help="the speed of reading and of writing")
+    add("--explain", action="store_true", help="for each token, its probability and the most "
+        "probable ones (at temperature 0: those at temperature 1)")  # fmt: skip
+    add("--stats", action="store_true", help="the speed of prefill and decoding")
     return parser
 
 
@@ -100,4 +100,4 @@ def choose_temperature(args: argparse.Namespace) -> None:
     if args.temperature is None:
         args.temperature = 1.0 if flags else 0.0
     elif args.temperature == 0 and flags:
-        info(f"temperature 0 takes the most probable tokens: {', '.join(flags)} without effect")
+        info(f"no effect at temperature 0: {', '.join(flags)}")

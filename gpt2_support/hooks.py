@@ -220,7 +220,7 @@ def find_edits(edit: Edit, config: Config, logits: bool = True) -> dict[str, lis
         matches = [name for name in names if match(name, pattern)]
         if not matches:
             near = difflib.get_close_matches(str(pattern), names, 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else "a record tells the names"
+            hint = f"did you mean {' or '.join(near)}?" if near else "a record lists the names"
             raise ValueError(f"edit: no activation is called {preview(pattern)!r}: {hint}")
         for name in matches:
             path, part = names[name]

@@ -445,7 +445,7 @@ def continue_part(
     ):
         return remote
     part.unlink(missing_ok=True)
-    raise TemporaryFailure("the server sent another part than asked for, starting over")
+    raise TemporaryFailure("the server sent the wrong part, starting over")
 
 
 def check_space(part: Path, size: int | None) -> None:
@@ -494,10 +494,10 @@ def check_hashes(part: Path, md5: str | None, sha256: str | None) -> None:
     """Raise DamagedFile, having removed `part`, if its hashes are not the expected ones."""
     if md5 and base64.b64encode(file_hash(part, "md5").digest()).decode() != md5.strip():
         part.unlink()
-        raise DamagedFile(part, "what arrived has another MD5 than the server says")
+        raise DamagedFile(part, "what arrived does not have the MD5 that the server says")
     if sha256 and file_hash(part, "sha256").hexdigest() != sha256:
         part.unlink()
-        raise DamagedFile(part, "what arrived has another SHA-256 than the file should have")
+        raise DamagedFile(part, "what arrived does not have the SHA-256 that the file should have")
 
 
 # The state of an unfinished download

@@ -1,7 +1,7 @@
 """Models by name: finding them, and downloading them from OpenAI or from the Hugging Face hub.
 
 A model is a folder such as `124M/` or `owner/name/`, with `model.bin` and `tokenizer.bin`. The
-files of others are downloaded to `124M/.download/` and converted when all of them are there; the
+original files are downloaded to `124M/.download/` and converted when all of them are there; the
 lock `.124M.lock` keeps other processes out meanwhile.
 """
 
@@ -196,8 +196,8 @@ def download(
 
     OpenAI's four models come from OpenAI's server or, if that fails, from the Hugging Face hub, as
     do all others. A model that is already there is left alone, and an interrupted download is
-    resumed. `base_url` is where OpenAI's <name>/encoder.json and the other files are; without it
-    GPT2_BASE_URL of the environment, or OpenAI's server. `keep` keeps the files as they came, in
+    resumed. `base_url` is where OpenAI's <name>/encoder.json and the other files are; by default
+    the environment variable GPT2_BASE_URL, or OpenAI's server. `keep` keeps the downloaded files in
     <name>/openai or <name>/huggingface. `pause(seconds)` waits before a retry. `hurried` gives up
     at the first failure if nothing has arrived. Raises ValueError for a bad name or file,
     ConnectionError if the server cannot be reached or keeps failing, and another OSError for what

@@ -214,8 +214,8 @@ TIMED = 1 << 24  # values that `time_update` updates, about
 def time_update(optimizer: AdamW, params: Params, config: Any, workers: DataParallel) -> float:
     """Return the seconds that an optimizer's step takes on the slowest rank.
 
-    Another of its kind takes one on zeros, by the gradient that `workers` have: no run notices. Of
-    a large model it updates one part in n, so that its zeros and moments take little memory.
+    A second optimizer steps zeros with the gradient of `workers`, so the run is unaffected. For a
+    large model it updates one part in n, which takes little memory.
     """
     zeros = Params(params.config, np.zeros(params.flat.shape, params.flat.dtype))  # not touched yet
     other = type(optimizer)(zeros, optimizer.shard)

@@ -150,7 +150,7 @@ class Params(Group):
     update `flat`. Its rows of wte from n_vocab on are zero; `params.wte` (V, C) leaves them out.
 
     Params(config) is all zeros in float32. Params(config, flat) wraps a buffer of any float dtype
-    without copying it. Raises ValueError if the buffer has another length than the config needs.
+    without copying it. Raises ValueError if it does not have the length that the config needs.
     """
 
     config: Config

@@ -1,9 +1,9 @@
 """What `train.py --minutes` chooses: the vocabulary, the model, the batch and the steps.
 
-A model that is too large reads too little in the time; one that is too small has long learned what
-it can. So models are tried from the smallest on: a step of each is timed, which tells how much it
-would read. The choice is the largest that reads enough for its size. The runs behind the constants
-are in docs/training.md.
+A model that is too large reads too little in the time; one that is too small stops improving early.
+So models are tried from the smallest on: a step of each is timed, which tells how much it would
+read. The choice is the largest that reads enough for its size. The runs behind the constants are in
+docs/training.md.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def choose_model(
 
 
 def candidates(given: dict[str, int], n_vocab: int) -> list[Config]:
-    """Return the models to try: MODELS, but for what is given of n_layer, n_head, ...
+    """Return the models to try: MODELS, with what is given of n_layer, n_head, ...
 
     Heads and context, if not given, are those of the model of MODELS that is closest in width.
     """
@@ -174,7 +174,7 @@ def seconds_left(args: Namespace) -> float:
 
 
 def choose(args: Namespace, settings: Any, **values: Any) -> None:
-    """Set values of some settings, args itself say, but for the flags that are given."""
+    """Set some settings, of args itself for example, except the flags that are given."""
     vars(settings).update({name: x for name, x in values.items() if name not in args.given})
 
 
@@ -204,7 +204,7 @@ def choose_batch(args: Namespace, model: Config, n_tokens: int, n_steps: float =
 def plan_model(
     args: Namespace, n_vocab: int, n_tokens: int, time_step: Callable[[Config], float]
 ) -> None:
-    """Choose model, batch and dropout, but for the flags that are given, and say why.
+    """Choose model, batch and dropout, except the flags that are given, and say why.
 
     n_tokens are those of the data. time_step(model) are the seconds of a step with the flags of
     args, or infinity if it does not fit into memory. All ranks choose the same.

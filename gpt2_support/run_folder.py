@@ -63,7 +63,7 @@ def lock(folder: Path) -> Iterator[None]:
                 "give another folder"
             ) from None
         if (folder / UNFINISHED).exists():
-            info(f"{folder}: removing what a run has left that ended before its first checkpoint")
+            info(f"{folder}: removing the files of a run that ended before its first checkpoint")
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         move_ready_files(folder)
         yield

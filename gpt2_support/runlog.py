@@ -165,7 +165,7 @@ def plot_log(rows: list[Row], path: Path) -> None:
             style = {"linewidth": 0.8, "alpha": 0.6}
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=Path(path).parent.name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=Path(path).parent.name)
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_write(path) as file:

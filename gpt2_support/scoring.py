@@ -31,7 +31,7 @@ class Request(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Of each token of an ending: -log P(token | all before it), whether it is the likeliest."""
+    """For each token of an ending: -log P(token | all before it), and if it is the likeliest."""
 
     nats: Float[ndarray, " N"]
     is_best: Bool[ndarray, " N"]

@@ -27,7 +27,7 @@ QUERIES = 128  # queries of a tile
 class Tile(NamedTuple):
     """The attention weights of some heads and a block of queries, (B, heads, queries, keys).
 
-    `att` are those of the softmax, and those that the model goes on with.
+    `att` holds them before and after the hook.
     """
 
     heads: slice

@@ -106,7 +106,7 @@ def make_parser(
         ("n_layer", positive, "layers of a model from scratch"),
         ("n_head", positive, "attention heads of each layer"),
         ("n_embd", positive, "channels of a model from scratch"),
-        ("n_ctx", positive, "tokens that it can look back on"),
+        ("n_ctx", positive, "tokens of context"),
         ("models_dir", Path, "folder of the models"),
     )
     group = add_group(
@@ -118,7 +118,7 @@ def make_parser(
     group.add_argument(
         "--other_data",
         action="store_true",
-        help="with --resume: go on although the data are not those that the run has had",
+        help="with --resume: go on with other data than before",
     )
     group.add_argument(
         "--overwrite",
@@ -128,11 +128,11 @@ def make_parser(
     group = add_group(
         "training",
         ("steps", positive, "steps of the optimizer in all"),
-        ("epochs", cli.positive_number, "passes over the data, for --steps (default: as it says)"),
+        ("epochs", cli.positive_number, "passes over the data, instead of --steps (default: by --steps)"),
         ("minutes", cli.positive_number, "choose what is not given for a low validation loss after "
          "this time: from scratch the vocabulary, the model, batch and dropout; always the steps. "
-         "The time includes reading the text, validations and checkpoints. With --resume it is "
-         "added to what the run has had; without it, a run ends as planned (default: no plan)"),
+         "The time includes reading the text, validations and checkpoints. With --resume the "
+         "run goes on for this long; without --minutes it ends as planned (default: no plan)"),
         ("batch_size", positive, "windows at a time, shared by all ranks under mpiexec"),
         ("seq_len", positive, "tokens a window (default: n_ctx, or at most 256 to fine-tune)"),
         ("grad_accum", positive, "batches a step, their gradients averaged"),
@@ -145,7 +145,7 @@ def make_parser(
         ("optimizer", [*optimizers], "muon changes the matrices of the blocks in all directions "
          "alike, which takes fewer steps, and leaves the rest to AdamW"),
         ("muon_lr", number, "Muon: the highest learning rate of those matrices; it follows the "
-         "schedule of --lr, that of the others (default: 0.02, in proportion to --lr)"),
+         "schedule of --lr, that of the others (default: 0.02, scaled with --lr)"),
         ("momentum", cli.below_1, "Muon: decay of the sum of gradients"),
         ("beta1", cli.below_1, "AdamW: decay of the mean gradient"),
         ("beta2", cli.below_1, "AdamW: decay of the mean squared gradient"),

@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_convert(commands)
     args = parser.parse_args(argv)
     if args.command == "download" and args.base_url and args.name not in MODEL_NAMES:
-        reason = f"{args.name} comes from the Hugging Face hub"
+        reason = "it is for OpenAI's models"
         parser.error(f"argument --base_url: it would do nothing, since {reason}")
     if args.command == "convert" and args.to == "hf" and args.dtype != "fp32":
         parser.error("argument --dtype: bf16 is for model.bin, and --to hf writes float32")
@@ -76,7 +76,7 @@ def add_download(commands: Commands) -> None:
         "was interrupted goes on where it stopped; one that is done is left alone. Proxies are "
         "taken from HTTPS_PROXY and its relatives, a mirror of the hub from HF_ENDPOINT, a token "
         "for private and gated models from HF_TOKEN. A data set is a text, which goes to datasets/ "
-        "or to the folder that GPT2_DATASETS_DIR of the environment names.",
+        "or to the folder in the environment variable GPT2_DATASETS_DIR.",
         examples=[
             "python utils.py download 124M",
             "python utils.py download distilgpt2",
@@ -90,10 +90,10 @@ def add_download(commands: Commands) -> None:
     add(
         "--base_url",
         metavar="URL",
-        help="where OpenAI's NAME/encoder.json and the others lie (default: GPT2_BASE_URL of the "
-        f"environment, or {OPENAI_URL})",
+        help="where OpenAI's NAME/encoder.json and the others lie (default: the environment "
+        f"variable GPT2_BASE_URL, or {OPENAI_URL})",
     )
-    add("--keep", action="store_true", help="keep the files as they came, in a folder of the model")
+    add("--keep", action="store_true", help="keep the downloaded files in the model's folder")
 
 
 def add_convert(commands: Commands) -> None:
@@ -124,8 +124,7 @@ def add_convert(commands: Commands) -> None:
         "--dtype",
         choices=[*VERSIONS],
         default="fp32",
-        help="the numbers of model.bin: of 32 bits, or rounded to 16, 8 of them significant, for "
-        "a file of half the size",
+        help="numbers of model.bin: float32, or bfloat16 for a file of half the size",
     )
     add("--overwrite", action="store_true", help="replace a training run that is in TARGET")
 
@@ -143,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.command == "download":
         folder = download(args.name, args.models_dir, args.base_url, args.keep)
         if args.keep and not any((folder / name).exists() for name in ("openai", "huggingface")):
-            info("--keep: the files as they came are not there any more")
+            info("--keep: the downloaded files are no longer there")
     else:
         convert(args.source, args.target, args.to, args.overwrite, args.dtype)
 

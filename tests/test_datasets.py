@@ -317,13 +317,13 @@ def test_text_that_is_not_utf8_is_reported_with_the_share(call, enc, tmp_path, c
     ]
     assert len(warnings) == (share is not None)
     if share:
-        assert re.search(f"some.txt: {share} of its characters are not text in UTF-8", warnings[0])
+        assert re.search(f"some.txt: {share} of its characters are not valid UTF-8", warnings[0])
 
 
 def test_train_reports_a_text_that_is_not_utf8_once(call, text):
     text.write_bytes(png(20_000))
     done = call(train, "--data", text, "--out", text.parent / "run", "--n_embd", 7)
-    assert done.stderr.count("not text in UTF-8") == 1
+    assert done.stderr.count("not valid UTF-8") == 1
 
 
 # --- tokens and their tokenizers ----------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_edit_may_change_its_argument_but_not_the_cache():
         ({"h0.attn.ouT": 0}, "no activation is called 'h0.attn.ouT': did you mean h0.attn.out"),
         ({"h2": 0}, "no activation is called 'h2': did you mean"),
         ({"h0.attn.q.3": 0}, "no activation is called 'h0.attn.q.3'"),
-        ({"zebra": 0}, "a record tells the names"),
+        ({"zebra": 0}, "a record lists the names"),
         ("h0", r"edit must be a dict \{name: array or function\}, found 'h0'"),
         (
             {"h0": np.zeros((5, 11))},

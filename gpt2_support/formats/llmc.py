@@ -173,7 +173,7 @@ def save_params(path: str | Path, params: Params) -> None:
 def write_model(file: BinaryIO, config: Config, get: GetTensor, dtype: str = "fp32") -> None:
     """Write a model .bin file of version 3, or 5 for "bf16", one tensor at a time.
 
-    `get(name)` returns a tensor; raises ValueError if its shape is not the one in `tensors`.
+    `get(name)` returns a tensor; raises ValueError if its shape is not the one in `named_shapes`.
     """
     c = config
     sizes = (c.n_ctx, c.n_vocab, c.n_layer, c.n_head, c.n_embd, c.n_vocab_padded)
@@ -188,7 +188,7 @@ def write_model(file: BinaryIO, config: Config, get: GetTensor, dtype: str = "fp
 def write_array(
     file: BinaryIO, array: Float[ndarray, "*shape"], shape: Shape, dtype: str = "fp32"
 ) -> None:
-    """Write an array as float32 or bf16; raise ValueError if it has another shape than `shape`."""
+    """Write an array as float32 or bf16; raise ValueError if its shape is not `shape`."""
     if array.shape != shape:
         raise ValueError(f"an array of shape {array.shape}, expected {shape}")
     values = np.ascontiguousarray(array, "<f4")

@@ -92,7 +92,7 @@ def bf16_to_float32(bits: UInt16[ndarray, " N"]) -> Float32[ndarray, " N"]:
 
 
 def float32_to_bf16(values: Float32[ndarray, "*shape"]) -> UInt16[ndarray, "*shape"]:
-    """Return the bfloat16 nearest to each value, of two the even one; NaN stays NaN."""
+    """Return the bfloat16 nearest to each value, ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + (0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
     return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype("<u2")
