@@ -128,7 +128,7 @@ def make_parser(
     group = add_group(
         "training",
         ("steps", positive, "steps of the optimizer in all"),
-        ("epochs", cli.positive_number, "passes over the data, instead of --steps (default: by --steps)"),
+        ("epochs", cli.positive_number, "passes over the data for --steps (default: by --steps)"),
         ("minutes", cli.positive_number, "choose what is not given for a low validation loss after "
          "this time: from scratch the vocabulary, the model, batch and dropout; always the steps. "
          "The time includes reading the text, validations and checkpoints. With --resume the "
