@@ -12,7 +12,7 @@ from gpt2_support import weights
 def test_base_url_of_a_model_of_the_hub_is_refused(call):
     done = call(utils, "download", "distilgpt2", "--base_url", "http://127.0.0.1:9")
     assert done.returncode == 2
-    assert "argument --base_url: it would do nothing, since it is for OpenAI's models" in done.stderr
+    assert "--base_url: it would do nothing, since it is for OpenAI's models" in done.stderr
 
 
 @pytest.mark.parametrize("kept", [None, "openai", "huggingface"])
