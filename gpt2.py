@@ -86,9 +86,7 @@ def layer_norm(x: AnyRows, p: LayerNorm, eps: float = 1e-5) -> tuple[AnyRows, La
     xhat = x - mean_last(x)
     rstd = 1 / np.sqrt(mean_last(xhat, xhat) + eps)
     xhat *= rstd
-    out = xhat * p.g
-    out += p.b
-    return out, LayerNormCache(xhat, rstd)
+    return xhat * p.g + p.b, LayerNormCache(xhat, rstd)
 
 
 def layer_norm_backward(
@@ -99,8 +97,7 @@ def layer_norm_backward(
     accumulate(d.b, sum_rows(as_rows(dout)))
     accumulate(d.g, sum_rows(as_rows(dout), as_rows(xhat)))
     dxhat = dout * p.g
-    dxhat -= mean_last(dxhat)
-    dxhat -= xhat * mean_last(dxhat, xhat)  # the line above does not change this mean
+    dxhat -= mean_last(dxhat) + xhat * mean_last(dxhat, xhat)
     dxhat *= rstd
     return dxhat
 
@@ -183,8 +180,8 @@ def scaled_dot_product_attention(
 
     Vaswani et al. 2017, arXiv:1706.03762, 3.2.1.
     """
-    q = q * (1 / math.sqrt(q.shape[-1]))  # fewer values than the scores
     att = q @ k.swapaxes(-1, -2)  # (B, H, T, S)
+    att *= 1 / math.sqrt(q.shape[-1])
     probs = softmax(mask_future(att, positions))
     att = hook("attn.att", probs)
     return att @ v, (probs, att)
@@ -210,9 +207,9 @@ def scaled_dot_product_attention_backward(
     q, k, v, (probs, att) = cache
     dv = att.swapaxes(-1, -2) @ dout
     datt = hook.backward("attn.att", dout @ v.swapaxes(-1, -2))
-    dscores = softmax_backward(datt, probs)
-    scale = 1 / math.sqrt(q.shape[-1])
-    return dscores @ k * scale, dscores.swapaxes(-1, -2) @ q * scale, dv
+    datt = softmax_backward(datt, probs)
+    datt *= 1 / math.sqrt(q.shape[-1])
+    return datt @ k, datt.swapaxes(-1, -2) @ q, dv
 
 
 def attention(
