@@ -198,8 +198,15 @@ def perplexity(loss: float) -> float:
 def standard_error(n: int, total: float, squares: float) -> float:
     """Return that of the mean of n independent values, by their sum and that of their squares.
 
-    NaN for a single value, whose spread is unknown.
+    NaN for a single value, whose spread is unknown, and for values that are not finite.
     """
-    if n < 2:
+    spread = squares - total * total / n
+    if n < 2 or math.isnan(spread):
         return math.nan
-    return math.sqrt(max(0.0, squares - total * total / n) / (n - 1) / n)
+    return math.sqrt(max(0.0, spread) / (n - 1) / n)
+
+
+def check_finite(nats: Float[ndarray, " N"] | float) -> None:
+    """Raise ValueError for losses that tell of no prediction: NaN or infinite."""
+    if not np.isfinite(nats).all():
+        raise ValueError("the logits are not finite: the model is damaged or has diverged")

@@ -166,6 +166,7 @@ def measure_text(
     seq_len, stride = window_lengths(args, params.config.n_ctx)
     lengths = datasets.token_lengths(enc)
     result = evaluation.measure(gpt2, params, tokens, lengths, seq_len, stride, group)
+    evaluation.check_finite(result.nats)
     line = (
         f"{args.data}: {result}; {result.n_tokens} tokens ({result.n_bytes} bytes), in windows of "
         f"{seq_len}, stride {stride}; standard error {result.standard_error:.4f} nats"
@@ -204,6 +205,7 @@ def score_text(
     n_ctx = params.config.n_ctx
     windows = evaluation.Windows(tokens, n_ctx, max(1, n_ctx // 2))
     nats = evaluation.token_losses(lambda batch: gpt2.token_losses(params, *batch), windows)
+    evaluation.check_finite(nats)
     n_bytes = int(datasets.token_lengths(enc)[tokens[1:]].sum())
     result = evaluation.Evaluation(
         float(nats.sum(dtype=np.float64)), len(nats), n_bytes, float((nats * nats).sum())

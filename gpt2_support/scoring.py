@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gpt2_support.evaluation import in_threads
+from gpt2_support.evaluation import check_finite, in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -59,8 +59,8 @@ def score(gpt2: Any, params: Params, requests: Sequence[Request]) -> list[list[S
     """Return the Score of each ending of each request, with a progress bar.
 
     `gpt2` is the module, whose functions compute. A context that is too long loses its beginning,
-    as in lm-evaluation-harness. Raises ValueError for an empty ending or context, and for an ending
-    of more than n_ctx tokens.
+    as in lm-evaluation-harness. Raises ValueError for an empty ending or context, for an ending
+    of more than n_ctx tokens, and for a model whose logits are not finite.
     """
     groups: list[Group] = []
     n_scores = 0
@@ -163,11 +163,15 @@ def compare(
     wte: Float[ndarray, "V C"],
     targets: Integer[ndarray, " N"],
 ) -> tuple[Float[ndarray, " N"], Bool[ndarray, " N"]]:
-    """Return -log P(target) (N,) and whether it is the likeliest id, from the output of ln_f."""
+    """Return -log P(target) (N,) and whether it is the likeliest id, from the output of ln_f.
+
+    Raises ValueError if they are not finite: of NaN, the first is the likeliest to NumPy.
+    """
     nats, is_best = np.empty(len(x), x.dtype), np.empty(len(x), bool)
     for start in range(0, len(x), gpt2.LM_HEAD_ROWS):
         rows = slice(start, start + gpt2.LM_HEAD_ROWS)
         logits = x[rows] @ wte.T
         is_best[rows] = logits.argmax(-1) == targets[rows]
         nats[rows], _ = gpt2.cross_entropy(logits, targets[rows])
+    check_finite(nats)
     return nats, is_best

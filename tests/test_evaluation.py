@@ -90,6 +90,21 @@ def test_evaluate_is_the_usual_perplexity_with_windows_one_token_shorter(n, stri
     assert result.nats == pytest.approx(sum(nats), rel=1e-15 * n)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_losses_that_are_not_finite_have_no_standard_error(value):
+    assert math.isnan(evaluation.Evaluation(value, 3, 3, value).standard_error)
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        evaluation.check_finite(value)
+
+
+def test_evaluate_of_a_model_that_has_diverged_is_nan():
+    """As train.py has to tell of it."""
+    params = Params(TINY)
+    params.wte[...] = np.nan
+    result = train.evaluate(params, uint16_tokens(20), np.ones(260, int), 8)
+    assert math.isnan(result.loss) and math.isnan(result.standard_error)
+
+
 @pytest.mark.parametrize("stride", [0, -1, 9])
 def test_windows_refuse_a_stride_that_leaves_out_tokens(stride):
     with pytest.raises(ValueError, match=f"the stride is {stride}, expected 1 to seq_len, 8"):

@@ -19,6 +19,7 @@ import utils
 from gpt2_support import datasets, evaluation_cli, folders, tasks
 from gpt2_support.formats import llmc
 from gpt2_support.http import Effort
+from gpt2_support.params import Config, Params
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +134,20 @@ def test_items_are_a_table_with_the_published_figures(call, files, monkeypatch):
     assert "(standard error 0." in lines[0]
 
 
-def test_figures_that_are_not_finite_are_null_in_json(call, trained, text):
-    params = gpt2.load(trained).copy()
+def test_model_that_has_diverged_is_refused_and_has_no_figures(call, tmp_path, text, files):
+    """Its logits are NaN, and argmax takes the first NaN: one ending in four would be right."""
+    model = tmp_path / "diverged"
+    params = Params(Config(encoder.load("stories").n_vocab, 64, 8, 2, 1))
     params.wte[...] = np.nan
-    llmc.save_params(trained / "model.bin", params)
-    result = figures_of(call, "--model", trained, "--data", text)
-    assert result["nats_per_token"] is None and result["n_tokens"] > 1000
-    assert "nan nats a token" in call(evaluate, "--model", trained, "--data", text).stdout
+    llmc.save_params(model / "model.bin", params)
+    encoder.load("stories").save(model / "tokenizer.bin")
+    message = "the logits are not finite: the model is damaged or has diverged"
+    for args in (["some text"], *(["--data", path] for path in (text, *files))):
+        done = call(evaluate, *args, "--model", model)
+        assert done.returncode == 1 and done.stdout == ""
+        assert message in last_line(done)
+    done = call(train, "--eval_only", "--init", model, "--data", text)
+    assert done.returncode == 1 and message in last_line(done)
 
 
 def test_standard_error_of_one_item_is_unknown(call, files):
