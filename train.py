@@ -405,7 +405,7 @@ def find_tokenizer(args: Namespace) -> Encoder:
     if args.init != "scratch":
         path = hub.find_model(args.init, args.models_dir)
         return encoder.load(path if path.is_dir() else path.parent)
-    if datasets.is_text(args.data):
+    if datasets.is_text(args.data, args.raw):
         if args.minutes:
             planning.choose_vocabulary(args, datasets.find(args.data))
         return encoder.load(datasets.learn_tokenizer(args.data, args.n_vocab, encoder.train))

@@ -8,8 +8,10 @@ at any time.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -128,8 +130,13 @@ def download(name: str, effort: Effort = Effort()) -> Path:  # noqa: B008 (it ca
     return path
 
 
-def is_text(path: Path) -> bool:
-    """Tell a text file, or the name of a data set, from a tokens .bin: by name and first bytes."""
+def is_text(path: Path, raw: bool = False) -> bool:
+    """Tell a text file, or the name of a data set, from a tokens .bin: by name and first bytes.
+
+    Nothing is a text if `raw`.
+    """
+    if raw:
+        return False
     if str(path) in DATA_SETS and not path.is_file():
         return True
     path = find(path)
@@ -252,13 +259,15 @@ def tokenizer_beside(tokens: Path) -> Path:
 def read_tokens(path: Path, enc: Encoder, docs: str, raw: bool = False) -> Integer[ndarray, " N"]:
     """Return the ids (N,) of a tokens .bin, or of a text file.
 
-    A file without a header is read if `raw`, as nanoGPT's. Raises ValueError for ids that `enc`
-    does not have, or a file made with another vocabulary.
+    If `raw`, a file without a header is read as nanoGPT's, whatever its name. Raises ValueError for
+    ids that `enc` does not have, or a file made with another vocabulary.
     """
-    if is_text(path):
-        path = encode_text(find(path), enc, docs)
+    path = find(path)
+    if is_text(path, raw):
+        path = encode_text(path, enc, docs)
     check_tokenizer(path, enc)
     if raw and magic_number(path) != llmc.TOKENS_MAGIC:
+        refuse_text(path)
         tokens, n_vocab = nanogpt.load_tokens(path), 0
     else:
         tokens, n_vocab = load_tokens(path)
@@ -285,6 +294,18 @@ def load_tokens(path: Path) -> tuple[Integer[ndarray, " N"], int]:
             raise
         hint = "with --raw it is read as one of nanoGPT's, uint16 without a header"
         raise ValueError(f"{error}; {hint}") from None
+
+
+def refuse_text(path: Path) -> None:
+    """Raise ValueError for a file of ids that begins with text in UTF-8, as ids hardly ever do.
+
+    Most texts, read as uint16, are ids of GPT-2's vocabulary.
+    """
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(start)
+    if len(start) >= 64 and not re.search("[\0-\x08\x0e-\x1f\ufffd]", text):
+        raise ValueError(f"{path}: begins with text, --raw expects ids in uint16: leave out --raw")
 
 
 def check_validation(tokens: Integer[ndarray, " N"]) -> None:

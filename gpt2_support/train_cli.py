@@ -256,7 +256,8 @@ def ignored_flags(args: Namespace, given: set[str]) -> Iterator[tuple[str, str]]
         (args.tokenizer, {"n_vocab"}, "--tokenizer has its own vocabulary"),
     ]
     for flag, paths in (("n_vocab", [args.data]), ("docs", [args.data, args.val_data])):
-        if flag in given and not any(datasets.is_text(Path(path)) for path in paths if path):
+        texts = (path for path in paths if path and datasets.is_text(Path(path), args.raw))
+        if flag in given and not any(texts):
             rules.append((True, {flag}, "a tokens file is encoded already"))
     for applies, flags, reason in rules:
         for name in sorted(flags & given if applies else ()):

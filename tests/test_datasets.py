@@ -11,6 +11,7 @@ import pytest
 from texts import TEXT, with_eot
 
 import encoder
+import evaluate
 import train
 import utils
 from gpt2_support import corpus, datasets, folders
@@ -385,6 +386,31 @@ def test_nanogpts_checkpoint_is_named_as_what_it_is(call, text, tmp_path):
     done = call(train, "--init", tmp_path / "ckpt.pt", "--data", text, "--out", tmp_path / "run")
     assert done.returncode == 1
     assert "ckpt.pt: a file of PyTorch, which cannot be read" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("program", [train, evaluate])
+def test_raw_tokens_are_read_whatever_their_name(no_picture, call, tmp_path, program):
+    """A name that does not end in .bin used to be that of a text, which was encoded."""
+    ids, data = encoder.load("stories").encode(TEXT * 9), tmp_path / "raw.u16"
+    np.array(ids, "<u2").tofile(data)
+    flags = ["--data", data, "--raw", "--seq_len", 8]
+    flags += ["--init", "stories", "--eval_only"] if program is train else ["--model", "stories"]
+    done = call(program, *flags)
+    assert f"{len(ids) - 1} tokens" in done.stdout, done.stderr
+    (tmp_path / "text").write_text(TEXT * 9)
+    flags[1] = tmp_path / "text"
+    done = call(program, *flags)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "text: begins with text, --raw expects ids" in done.stderr.splitlines()[-1]
+
+
+def test_raw_tokens_are_no_text_to_learn_a_vocabulary_from(call, enc, tmp_path):
+    data, out = tmp_path / "raw.u16", tmp_path / "run"
+    np.array(enc.encode(TEXT * 9), "<u2").tofile(data)
+    done = call(train, "--data", data, "--raw", "--out", out)
+    assert done.returncode == 1 and "give its --tokenizer" in done.stderr.splitlines()[-1]
+    done = call(train, "--data", data, "--raw", "--out", out, "--n_vocab", 300)
+    assert done.returncode == 2 and "a tokens file is encoded already" in done.stderr
 
 
 def test_nanogpts_tokens_are_checked(enc, tmp_path):
