@@ -349,9 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         messages.info(f"learned {args.n_vocab} tokens from {n_bytes:,} bytes: {args.out}")
     elif args.command == "encode":
         texts, enc = encoder_cli.find_texts(args), load(args.tokenizer)
-        counts = corpus.encode_files(enc, texts, args.out, args.docs, args.n_procs)
-        enc.save(corpus.tokenizer_path(args.out))
-        encoder_cli.summarize(args.out, *counts)
+        encoder_cli.summarize(args.out, *encoder_cli.encode(enc, texts, args))
     else:
         encoder_cli.show_or_decode(load(args.tokenizer), args)
 

@@ -217,12 +217,14 @@ def encode_files(
     n_procs: int = 1,
     chunk_size: int = CHUNK,
     check: Callable[[], object] = lambda: None,
+    before_rename: Callable[[], object] = lambda: None,
 ) -> tuple[int, int, int]:
     """Encode text files to a tokens .bin file; return the numbers of tokens, documents and bytes.
 
     The id of <|endoftext|> stands before each document, as in llm.c's data. `docs` is as in
     `read_documents`. Large files are shared among up to `n_procs` processes. `check` is called at
-    the end and may raise an error: then nothing is written. Raises ValueError if `enc` has no
+    the end and may raise an error: then nothing is written. `before_rename` is called just before
+    `out` is replaced. Raises ValueError if `enc` has no
     end-of-text token, if its ids do not fit the file, or if there is no text, and OSError if a file
     cannot be read.
     """
@@ -246,7 +248,8 @@ def encode_files(
     with tqdm(total=n_bytes, desc="encode", unit="B", unit_scale=True, file=BarStream()) as bar:
         batches = count_documents(read_documents(paths, docs, chunk_size, bar.update))
         n_procs = min(n_procs, 1 + n_bytes // (8 * chunk_size))
-        n_tokens = llmc.save_tokens(out, encode_batches(enc, batches, n_procs), enc.n_vocab)
+        ids = encode_batches(enc, batches, n_procs)
+        n_tokens = llmc.save_tokens(out, ids, enc.n_vocab, before_rename)
     return n_tokens, n_docs, n_bytes
 
 

@@ -278,11 +278,16 @@ def read_tokens(path: Path, enc: Encoder, docs: str, raw: bool = False) -> Integ
 def check_tokenizer(tokens: Path, enc: Encoder) -> None:
     """Raise ValueError if the tokenizer that `encode` left beside a tokens .bin is another one."""
     own = corpus.tokenizer_path(tokens)
-    if own.is_file() and own.read_bytes()[llmc.HEADER_BYTES :] != table_of(enc):
+    if is_other(own, enc):
         raise ValueError(
             f"{tokens}: was encoded with another tokenizer, {own}: give that as --tokenizer, or "
             "encode the text again with this one; if that file does not belong there, remove it"
         )
+
+
+def is_other(tokenizer: Path, enc: Encoder) -> bool:
+    """Tell whether there is a tokenizer .bin, of other tokens than those of `enc`."""
+    return tokenizer.is_file() and tokenizer.read_bytes()[llmc.HEADER_BYTES :] != table_of(enc)
 
 
 def load_tokens(path: Path) -> tuple[Integer[ndarray, " N"], int]:

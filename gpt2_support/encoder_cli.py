@@ -15,7 +15,7 @@ from gpt2_support.prompts import standard_input
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from typing import Protocol, runtime_checkable
+    from typing import Protocol, TypeAlias, runtime_checkable
 
     @runtime_checkable
     class Encoder(Protocol):
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
         def decode(self, ids: list[int]) -> str: ...
 
+    Counts: TypeAlias = tuple[int, int, int]  # of tokens, documents and bytes
 
 TOKENIZER_HELP = (
     "a tokenizer.bin, tokenizer.json or encoder.json, a folder with one, or the name of a model in "
@@ -128,6 +129,25 @@ def add_encode_command(commands: argparse._SubParsersAction) -> cli.ArgumentPars
     add("--docs", choices=corpus.SEPARATORS, default="eot", help=f"{docs}lines of only {EOT_TEXT}")
     add("--n_procs", type=cli.positive_int, default=n_procs, help="processes to use")
     return parser
+
+
+def encode(enc: datasets.Encoder, texts: list[Path], args: argparse.Namespace) -> Counts:
+    """Write the tokens of texts and, beside them, their tokenizer; see `corpus.encode_files`.
+
+    Another tokenizer there is removed before the tokens are replaced: a process that is killed in
+    between leaves tokens without a tokenizer, which train.py tells, not those of another.
+    """
+    tokenizer = corpus.tokenizer_path(args.out)
+
+    def remove_other() -> None:
+        if datasets.is_other(tokenizer, enc):
+            Path(os.path.realpath(tokenizer)).unlink()
+
+    counts = corpus.encode_files(
+        enc, texts, args.out, args.docs, args.n_procs, before_rename=remove_other
+    )
+    enc.save(tokenizer)
+    return counts
 
 
 def add_show_command(commands: argparse._SubParsersAction) -> None:

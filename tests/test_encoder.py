@@ -12,6 +12,7 @@ import tracemalloc
 import unicodedata
 from collections import Counter
 from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -510,6 +511,44 @@ def test_command_encode_refuses_to_write_over_its_tokenizer(call, enc, tmp_path)
         done = call(encoder, "encode", tmp_path / "text.txt", "--tokenizer", place, "--out", table)
         assert done.returncode == 2 and "is read" in last_line(done.stderr)
         assert encoder.load(table).tokens == enc.tokens
+
+
+@pytest.mark.parametrize("n_renames", [0, 1])
+def test_command_encode_that_fails_leaves_no_tokens_beside_another_tokenizer(
+    call, enc, tmp_path, monkeypatch, n_renames
+):
+    """Both are of one size, so that the ids would not tell."""
+    text, table, out = (tmp_path / name for name in ("text.txt", "new.bin", "data.bin"))
+    text.write_bytes(TEXT.encode())
+    other, beside = encoder.train(TEXT[::-1], enc.n_vocab), corpus.tokenizer_path(out)
+    corpus.encode_files(other, [text], out)
+    other.save(beside)
+    enc.save(table)
+    old, replace, renamed = out.read_bytes(), os.replace, []
+
+    def fail_after(*paths):
+        if len(renamed) == n_renames:
+            raise OSError(28, "No space left on device")
+        renamed.append(paths)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", fail_after)
+    done = call(encoder, "encode", text, "--tokenizer", table, "--out", out)
+    assert done.returncode == 1 and "No space left on device" in last_line(done.stderr)
+    assert (out.read_bytes() == old) == (n_renames == 0) and not beside.exists()
+    monkeypatch.setattr(os, "replace", replace)
+    assert call(encoder, "encode", text, "--tokenizer", table, "--out", out).returncode == 0
+    assert encoder.load(beside).tokens == enc.tokens
+
+
+def test_command_encode_that_fails_keeps_its_own_tokenizer(call, enc, tmp_path, monkeypatch):
+    text, out = tmp_path / "text.txt", tmp_path / "data.bin"
+    text.write_bytes(TEXT.encode())
+    enc.save(corpus.tokenizer_path(out))
+    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=OSError(28, "No space left")))
+    done = call(encoder, "encode", text, "--tokenizer", corpus.tokenizer_path(out), "--out", out)
+    assert done.returncode == 1
+    assert encoder.load(corpus.tokenizer_path(out)).tokens == enc.tokens
 
 
 def test_commands_refuse_an_output_that_is_no_file(call, tmp_path):

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from gpt2_support.files import atomic_write, open_file
+from gpt2_support.files import atomic_write, open_file, sync
 from gpt2_support.formats.stored_tensor import (
     GetTensor,
     Shape,
@@ -213,11 +213,17 @@ def load_tokens(path: str | Path) -> tuple[UInt16[ndarray, " N"], int]:
         return read_values(file, "<u2"), n_vocab
 
 
-def save_tokens(path: str | Path, chunks: Iterable[Sequence[int] | ndarray], n_vocab: int) -> int:
+def save_tokens(
+    path: str | Path,
+    chunks: Iterable[Sequence[int] | ndarray],
+    n_vocab: int,
+    before_rename: Callable[[], object] = lambda: None,
+) -> int:
     """Write arrays of ids, one after another, as a tokens .bin file; return the number of tokens.
 
-    The file is written atomically. Raises ValueError if `n_vocab` exceeds the 65,536 ids of uint16,
-    or if the header cannot hold the number of tokens.
+    The file is written atomically; `before_rename` is called once it is on the disk. Raises
+    ValueError if `n_vocab` exceeds the 65,536 ids of uint16, or if the header cannot hold the
+    number of tokens.
     """
     if n_vocab > 65536:
         raise ValueError(f"n_vocab = {n_vocab}: a tokens file holds 16-bit ids, 65536 at most")
@@ -231,4 +237,6 @@ def save_tokens(path: str | Path, chunks: Iterable[Sequence[int] | ndarray], n_v
             raise ValueError(f"{n_tokens} tokens exceed the 2**31 - 1 that a tokens file can count")
         file.seek(0)
         write_header(file, TOKENS_MAGIC, 1, n_tokens, n_vocab)
+        sync(file)
+        before_rename()
     return n_tokens
