@@ -169,9 +169,33 @@ def test_what_a_file_cannot_hold_is_refused_and_leaves_the_file_alone(tmp_path, 
             return 2**31
 
     with pytest.raises(ValueError, match="2147483648 tokens exceed"):
-        llmc.save_tokens(path, [np.zeros(1).view(Many)], 300)
+        llmc.save_tokens(path, [np.zeros(1, int).view(Many)], 300)
     assert path.read_bytes() == b"good"
     assert os.listdir(tmp_path) == ["it.bin"]
+
+
+REFUSED = {  # chunks, n_vocab, the error
+    "negative": ([[-1]], 300, "token id -1 is outside the vocabulary of 300"),
+    "n_vocab": ([[0, 299], [5, 300]], 300, "token id 300 is outside the vocabulary of 300"),
+    "16 bits": ([np.array([65536])], 0, "token id 65536 is outside the vocabulary of 65536"),
+    "floats": ([[1.7]], 300, r"ids must be whole numbers of shape \(N,\), found .*dtype float64"),
+    "2-D": ([np.zeros((2, 3), int)], 300, r"shape \(N,\), found shape \(2, 3\), dtype int"),
+    "ragged": ([[[1], [2, 3]]], 300, "found rows of different lengths"),
+    "huge": ([[2**70]], 300, "found shape .*dtype object"),
+    "one id": ([1, 2], 300, r"found shape \(\), dtype int"),
+    "negative n_vocab": ([[1]], -5, "n_vocab = -5: expected a whole number of 0 or more and"),
+    "float n_vocab": ([[1]], 300.0, "n_vocab = 300.0: expected a whole number"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_tokens_file_refuses_what_is_no_id(tmp_path, case):
+    chunks, n_vocab, message = REFUSED[case]
+    (tmp_path / "data.bin").write_bytes(b"good")
+    with pytest.raises(ValueError, match=message):
+        llmc.save_tokens(tmp_path / "data.bin", chunks, n_vocab)
+    assert (tmp_path / "data.bin").read_bytes() == b"good"
+    assert os.listdir(tmp_path) == ["data.bin"]
 
 
 def test_tokens_file_of_llmc_records_no_vocabulary(tmp_path):

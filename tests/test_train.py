@@ -685,7 +685,7 @@ def test_command_refuses_foreign_tokens_files(call, fish, text):
     encoder.train(TEXT, 260).save(text.parent / "tokenizer.bin")
     cases = [
         (lambda: llmc.save_tokens(data, [np.array([300] * 900)], 0), "has the id 300, but the"),
-        (lambda: llmc.save_tokens(data, [np.zeros(900)], 300), "has a vocabulary of 300, but the"),
+        (lambda: llmc.save_tokens(data, [[0] * 900], 300), "has a vocabulary of 300, but the"),
         (lambda: llmc.save_params(data, Params(TINY)), "expected a tokens file"),
         (lambda: data.write_bytes(b"text after all" * 100), "expected a tokens file"),
         (lambda: data.write_bytes(b""), "0 bytes"),

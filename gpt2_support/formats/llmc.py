@@ -26,10 +26,10 @@ from gpt2_support.formats.stored_tensor import (
     modified,
     read_tensor,
 )
-from gpt2_support.params import Config, Params, n_params, named_shapes
+from gpt2_support.params import Config, Params, n_params, named_shapes, whole_number
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, UInt16
+    from jaxtyping import Float, Integer, UInt16
     from numpy import ndarray
 
 HEADER_BYTES = 1024
@@ -221,22 +221,40 @@ def save_tokens(
 ) -> int:
     """Write arrays of ids, one after another, as a tokens .bin file; return the number of tokens.
 
-    The file is written atomically; `before_rename` is called once it is on the disk. Raises
-    ValueError if `n_vocab` exceeds the 65,536 ids of uint16, or if the header cannot hold the
-    number of tokens.
+    The file is written atomically; `before_rename` is called once it is on the disk. `n_vocab` may
+    be 0, unknown. Raises ValueError if it exceeds the 65,536 ids of uint16, for ids outside the
+    vocabulary, or if the header cannot hold the number of tokens.
     """
-    if n_vocab > 65536:
-        raise ValueError(f"n_vocab = {n_vocab}: a tokens file holds 16-bit ids, 65536 at most")
+    n = whole_number(n_vocab)
+    if n is None or not 0 <= n <= 65536:
+        limits = "a whole number of 0 or more and, as the file holds 16-bit ids, 65536 at most"
+        raise ValueError(f"n_vocab = {n_vocab!r}: expected {limits}")
     n_tokens = 0
     with atomic_write(path) as file:
         write_header(file)  # written again at the end, with the number of tokens
         for chunk in chunks:
-            file.write(np.asarray(chunk, "<u2").tobytes())
+            file.write(check_ids(chunk, n or 65536).astype("<u2").tobytes())
             n_tokens += len(chunk)
         if n_tokens > 2**31 - 1:
             raise ValueError(f"{n_tokens} tokens exceed the 2**31 - 1 that a tokens file can count")
         file.seek(0)
-        write_header(file, TOKENS_MAGIC, 1, n_tokens, n_vocab)
+        write_header(file, TOKENS_MAGIC, 1, n_tokens, n)
         sync(file)
         before_rename()
     return n_tokens
+
+
+def check_ids(chunk: Sequence[int] | ndarray, n_vocab: int) -> Integer[ndarray, " N"]:
+    """Return ids as an array; raise ValueError for what is none, or outside the vocabulary."""
+    expected = "ids must be whole numbers of shape (N,)"
+    try:
+        ids = np.asarray(chunk)
+    except ValueError:
+        raise ValueError(f"{expected}, found rows of different lengths") from None
+    ids = ids if ids.size else ids.astype(int)  # an empty list has no integers
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"{expected}, found shape {ids.shape}, dtype {ids.dtype}")
+    bad = ids[(ids < 0) | (ids >= n_vocab)]
+    if bad.size:
+        raise ValueError(f"token id {bad[0]} is outside the vocabulary of {n_vocab}")
+    return ids
