@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
 import io
 import os
@@ -158,11 +159,24 @@ worker_encoder: Encoder  # of a process that `start_worker` has prepared
 
 
 def start_worker(enc: Encoder) -> None:
-    """Prepare a process for `encode_in_worker`; Ctrl-C is left to its parent."""
+    """Prepare a process for `encode_in_worker`; Ctrl-C, blocked so far, is left to its parent."""
     global worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     worker_encoder = enc
+
+
+@contextlib.contextmanager
+def no_interrupts() -> Iterator[None]:
+    """Let Ctrl-C wait until the end of the block, where the system can."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with_parent() -> None:
@@ -195,7 +209,8 @@ def encode_batches(enc: Encoder, batches: Iterable[Batch], n_procs: int) -> Iter
     try:
         pending: deque = deque()  # a few batches only, so that memory is bounded
         for batch in batches:
-            pending.append(pool.submit(encode_in_worker, batch))
+            with no_interrupts():  # processes that begin here inherit this
+                pending.append(pool.submit(encode_in_worker, batch))
             if len(pending) > 2 * n_procs:
                 yield pending.popleft().result()
         while pending:

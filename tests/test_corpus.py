@@ -1,6 +1,7 @@
 """Text files: reading them in chunks, documents, and encoding them in several processes."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -161,6 +162,34 @@ def test_workers_end_with_the_process_that_started_them(write, tmp_path, uncount
     assert process.stdout.readline() + process.stdout.readline() == b"encoding\n" * 2
     process.kill()
     process.communicate(timeout=20)  # returns when no process has standard output open
+
+
+INTERRUPTED = """
+import os
+import signal
+import encoder
+from gpt2_support import corpus
+
+if __name__ == "__main__":
+    enc = encoder.Encoder([bytes([byte]) for byte in range(256)], eot=0)
+    corpus.encode_files(enc, ["text.txt"], "out.bin", n_procs=2, chunk_size=1000)
+    os.kill(os.getpid(), signal.SIGINT)  # here it is not blocked
+else:  # a worker, which has only begun
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals cannot be blocked")
+def test_interrupt_is_left_to_the_parent_by_workers_that_have_only_begun(
+    write, tmp_path, uncounted
+):
+    write("word " * 4000)
+    (tmp_path / "program.py").write_text(INTERRUPTED, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "program.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=60)
+    assert len(llmc.load_tokens(tmp_path / "out.bin")[0]) == 1 + 5 * 4000
+    assert done.returncode == -signal.SIGINT and done.stderr.count(b"Traceback") == 1
 
 
 def test_encode_files_replaces_invalid_utf8(enc, write):
