@@ -15,7 +15,7 @@ import numpy as np
 
 from gpt2_support import checks, cli, corpus, datasets, evaluation, hub, tasks
 from gpt2_support.messages import write
-from gpt2_support.prompts import standard_input
+from gpt2_support.prompts import standard_input, without_line_end
 from gpt2_support.scoring import score
 from gpt2_support.weights import load_params
 
@@ -50,7 +50,7 @@ def make_parser() -> cli.ArgumentParser:
     )
     add = parser.add_argument
     add("text", metavar="TEXT", nargs="?", type=cli.text, help="text whose tokens are scored; - "
-        "reads it from standard input")  # fmt: skip
+        "reads it from standard input, without its last line end")  # fmt: skip
     add("--json", action="store_true", help="print the figures as JSON")
     add = parser.add_argument_group("model").add_argument
     add("--model", type=str, help="a name or path, as for gpt2.py --model (default: 124M, or "
@@ -199,7 +199,7 @@ def score_text(
 
     The first is predicted from end-of-text or, if the tokenizer has none, not at all.
     """
-    text = standard_input().read() if args.text == "-" else args.text
+    text = without_line_end(standard_input().read()) if args.text == "-" else args.text
     tokens = np.array([] if enc.eot is None else [enc.eot], np.int64)
     tokens = np.append(tokens, np.array(enc.encode(cli.text(text)), np.int64))
     n_ctx = params.config.n_ctx

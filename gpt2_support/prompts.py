@@ -71,14 +71,19 @@ def read_prompts(args: argparse.Namespace, longest: int) -> Iterator[str]:
     """Yield the prompts: the argument, or standard input, whole or (--interactive) line by line.
 
     One line end at the end is left out. Of a prompt of more characters than `longest`, whatever
-    else there is, `longest` + 1 are read and yielded.
+    else there is, `longest` + 1 and a line end of two are read.
     """
     if args.prompt == "-":
-        yield cli.text(standard_input().read(longest + 2)).removesuffix("\n")
+        yield without_line_end(cli.text(standard_input().read(longest + 3)))
     elif args.prompt or not args.interactive:
         yield args.prompt
-    while args.interactive and (line := read_line(standard_input(), longest + 2)):
-        yield cli.text(line).removesuffix("\n")
+    while args.interactive and (line := read_line(standard_input(), longest + 3)):
+        yield without_line_end(cli.text(line))
+
+
+def without_line_end(text: str) -> str:
+    """Return a text without one line end at its end, of Unix or of Windows."""
+    return text.removesuffix("\r\n" if text.endswith("\r\n") else "\n")
 
 
 def standard_input() -> TextIO:

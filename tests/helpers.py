@@ -60,8 +60,8 @@ def take_steps(state, loader, until=None, threads=1):
 
 
 def text_stream(text):
-    """Return a stream of bytes in UTF-8, as standard input is."""
-    return io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8")
+    """Return a stream of bytes in UTF-8, as standard input is: line ends stay as they are."""
+    return io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8", newline="\n")
 
 
 def run_in_process(module, args, stdin=""):

@@ -71,6 +71,13 @@ def test_text_from_standard_input_may_be_longer_than_the_context(call):
     assert len(rows) > 256 and all(0 < row["prob"] <= 1 for row in rows)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_line_end_of_standard_input_is_not_scored(call, end):
+    expected = figures_of(call, "Once upon\n", "--model", "stories")
+    done = call(evaluate, "-", "--model", "stories", "--json", stdin=f"Once upon\n{end}")
+    assert json.loads(done.stdout) == expected
+
+
 def test_text_without_an_end_of_text_begins_with_its_second_token(call, tmp_path):
     encoder.Encoder(encoder.load("stories").tokens, eot=None).save(tmp_path / "t.bin")
     if encoder.load(tmp_path / "t.bin").eot is not None:

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -42,7 +43,7 @@ def cli(capsys, monkeypatch):
     """`cli(*args, stdin="")` runs main in this process; returns standard output and error."""
 
     def command(*args, stdin=""):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin, newline=None))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         gpt2.main(list(map(str, args)))
         out, err = capsys.readouterr()
         return out, err
@@ -520,12 +521,12 @@ def test_cli_refuses_a_prompt_that_cannot_fit_unread(cat, monkeypatch, capsys):
             gpt2.main([prompt, "--model", str(cat)])
         assert exit.value.code == 2
         assert "prompt of over 832 characters exceeds n_ctx = 64" in capsys.readouterr().err
-    assert sys.stdin.n_read == 64 * 13 + 2
+    assert sys.stdin.n_read == 64 * 13 + 3
 
 
 def test_cli_interactive_drops_the_rest_of_a_line_that_cannot_fit(cat, cli):
-    for n in (831, 832, 833, 834, 835, 3000):
-        stdin = "x" * n + "\nThe cat\n" + "y" * n
+    for n, end in itertools.product((831, 832, 833, 834, 835, 836, 3000), ("\n", "\r\n")):
+        stdin = "x" * n + f"{end}The cat{end}" + "y" * n
         out, err = cli("--interactive", "--model", cat, "--n_tokens", 4, stdin=stdin)
         size = f"{n} tokens" if n <= 832 else "over 832 characters"
         assert (out, err) == (" sat\n", 2 * f"prompt of {size} exceeds n_ctx = 64\n")
