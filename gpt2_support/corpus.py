@@ -78,16 +78,23 @@ def ignore(n_bytes: int) -> None:
     """Report nothing."""
 
 
+def text_start(path: Path | str) -> int:
+    """Return where the text of a file begins, in bytes: after a byte order mark, if it has one."""
+    with open(path, "rb") as file:
+        return 3 if file.read(3) == codecs.BOM_UTF8 else 0
+
+
 def read_chunks(
     path: Path | str, chunk_size: int = CHUNK, report: Report = ignore
 ) -> Iterator[str]:
     """Yield the text of a file in chunks that split into the same pre-tokens as the whole text.
 
-    Invalid UTF-8 becomes U+FFFD, and line ends stay as they are.
+    Invalid UTF-8 becomes U+FFFD, and line ends stay as they are. A byte order mark is no text.
     Memory is that of `chunk_size` characters, or of the longest stretch without a space.
     """
     text, n_reported = "", 0
     with open(path, "rb") as file:
+        file.seek(text_start(path))
         reader = io.TextIOWrapper(file, "utf-8", errors="replace", newline="")
         while new := reader.read(max(chunk_size, len(text))):
             n_searched, text = len(text), text + new

@@ -241,10 +241,11 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def file_hash(path: Path, algorithm: str) -> hashlib._Hash:
-    """Return the hash object of a file's contents; `algorithm` is "md5" or "sha256"."""
+def file_hash(path: Path, algorithm: str, start: int = 0) -> hashlib._Hash:
+    """Return the hash object of a file's bytes from `start`; `algorithm` is "md5" or "sha256"."""
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with open_file(path) as file:
+        file.seek(start)
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest

@@ -81,7 +81,7 @@ def load_items(path: Path, limit: int | None = None) -> tuple[str, list[Item]]:
                 break
             if line.strip():
                 try:
-                    item = json.loads(line.decode())
+                    item = json.loads(line.decode("utf-8-sig"))  # it may have a BOM
                     task = task or find_task(item)
                     check_item(item, task)
                 except (ValueError, RecursionError) as error:

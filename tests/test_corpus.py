@@ -93,12 +93,14 @@ def test_encode_files_end_a_document_in_every_mode(enc, write, tmp_path):
 @example(DOCUMENTS + TEXT, 1, "eot")
 @example(DOCUMENTS + TEXT, 13, "lines")
 @example(DOCUMENTS + TEXT, 64, "file")
+@example("\ufeff" + DOCUMENTS + TEXT, 1, "eot")
 @examples(4)
 def test_encode_files_gives_the_same_ids_in_any_chunks(
     tmp_path_factory, enc, text, chunk_size, docs
 ):
     path = tmp_path_factory.getbasetemp() / "awkward.txt"
     path.write_bytes(text.encode())
+    text = text.removeprefix("\ufeff")  # a byte order mark
     assert "".join(corpus.read_chunks(path, chunk_size)) == text
     documents = [document for document in corpus.SEPARATORS[docs].split(text) if document]
     batches = corpus.read_documents([path], docs, chunk_size)
@@ -190,6 +192,14 @@ def test_interrupt_is_left_to_the_parent_by_workers_that_have_only_begun(
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=60)
     assert len(llmc.load_tokens(tmp_path / "out.bin")[0]) == 1 + 5 * 4000
     assert done.returncode == -signal.SIGINT and done.stderr.count(b"Traceback") == 1
+
+
+def test_encode_files_takes_no_byte_order_mark_for_text(enc, write):
+    """Not even for a separator's line; in the midst of a text it is an ordinary character."""
+    path = write(f"\ufeff{EOT}\none\ufeff\n{EOT}\n\ufefftwo")
+    assert encoded(enc, path) == with_eot(enc, ["one\ufeff\n", "\ufefftwo"])
+    path = write("\ufeff" + (DOCUMENTS + TEXT) * 20)
+    assert encoded(enc, path, n_procs=2, chunk_size=200) == encoded(enc, path)
 
 
 def test_encode_files_replaces_invalid_utf8(enc, write):

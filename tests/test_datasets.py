@@ -197,6 +197,16 @@ def test_vocabulary_is_that_of_the_text_whatever_its_time(text, how):
     assert learned(text) == encoder.train(OTHER, 300).tokens
 
 
+def test_tokens_and_digest_of_a_text_are_without_its_byte_order_mark(enc, text, capsys):
+    """Tokens that were encoded with it, and kept by the digest of the whole file, are not used."""
+    expected = datasets.read_tokens(text, enc, "file").tolist()
+    text.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    assert datasets.text_digest(text) == hashlib.sha256(TEXT.encode()).hexdigest()
+    capsys.readouterr()
+    assert datasets.read_tokens(text, enc, "file").tolist() == expected
+    assert capsys.readouterr().err == ""
+
+
 def test_text_that_changes_while_it_is_encoded_leaves_no_tokens(enc, text, monkeypatch):
     read_documents = corpus.read_documents
 

@@ -135,6 +135,12 @@ def test_label_may_be_written_as_a_text(tmp_path):
     assert item["label"] == 3
 
 
+def test_items_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps(HELLASWAG) + "\n", encoding="utf-8-sig")
+    assert tasks.load_items(path) == ("hellaswag", [HELLASWAG])
+
+
 GOOD = json.dumps(HELLASWAG)
 DAMAGED = {
     "empty": ("", "has no items, expected one of lambada or hellaswag a line"),
