@@ -632,9 +632,9 @@ def apply_repetition_penalty(logits: Logits, ids: Sequence[int], penalty: Suppor
     """Return logits (V,) with those of `ids` lowered by a penalty > 1.
 
     Divides positive logits by it and multiplies negative ones (Keskar et al. 2019,
-    arXiv:1909.05858, as widely implemented).
+    arXiv:1909.05858, as widely implemented). Raises ValueError unless it is 0.001 to 1000.
     """
-    penalty = float(penalty)
+    penalty = checks.check_sampling(repetition_penalty=penalty).repetition_penalty
     if penalty == 1:
         return logits
     logits, old = logits.copy(), logits[ids]

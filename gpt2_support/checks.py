@@ -180,6 +180,12 @@ class Sampling(NamedTuple):
 
 
 GREEDY = Sampling()  # the most probable id, always
+PENALTIES = "a number from 0.001 to 1000"  # which overflow no float32
+
+
+def is_penalty(value: float) -> bool:
+    """Tell whether a number is one of PENALTIES."""
+    return 0.001 <= value <= 1000
 
 
 def check_sampling(
@@ -195,8 +201,8 @@ def check_sampling(
         raise ValueError(f"temperature = {temperature} is not a finite number of 0 or more")
     if top_p is not None and not 0 < p <= 1:
         raise ValueError(f"top_p = {top_p} is not over 0 and at most 1")
-    if not 0 < penalty < math.inf:
-        raise ValueError(f"repetition_penalty = {repetition_penalty} is not a finite number over 0")
+    if not is_penalty(penalty):
+        raise ValueError(f"repetition_penalty = {repetition_penalty} is not {PENALTIES}")
     k = None if top_k is None else check_whole("top_k", top_k, 1)
     seed = None if seed is None else check_whole("seed", seed)
     return Sampling(t, k, None if top_p is None else p, seed, penalty)

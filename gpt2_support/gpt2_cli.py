@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2_support import cli, hub
+from gpt2_support import checks, cli, hub
 from gpt2_support.messages import info
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def make_parser() -> cli.ArgumentParser:
     add("--top_k", type=positive, help="sample from the k most probable tokens (default: from all)")
     add("--top_p", type=cli.fraction, help="sample from the fewest tokens of this total "
         "probability (default: from all)")  # fmt: skip
-    add("--repetition_penalty", type=cli.positive_number, default=1.0, help="over 1 discourages "
-        "tokens seen")  # fmt: skip
+    penalty = cli.checked(float, checks.is_penalty, checks.PENALTIES)
+    add("--repetition_penalty", type=penalty, default=1.0, help="over 1 discourages tokens seen")
     add("--seed", type=cli.natural, help="makes samples repeatable; sample i draws from seed + i "
         "(default: different each time)")  # fmt: skip
     add = parser.add_argument_group("reports, on standard error").add_argument

@@ -243,7 +243,7 @@ def test_cli_output_cannot_crash_a_console_of_few_characters(cat, random_model, 
         (["--top_k", "1.5"], "argument --top_k: '1.5' is not a whole number"),
         (
             ["--repetition_penalty", "0"],
-            "argument --repetition_penalty: '0' is not a number over 0",
+            "argument --repetition_penalty: '0' is not a number from 0.001 to 1000",
         ),
         (["--n_tokens", "0"], "argument --n_tokens: '0' is not a whole number of 1 or more"),
         (["--n_tokens", "-3"], "argument --n_tokens: "),

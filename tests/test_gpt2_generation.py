@@ -29,7 +29,9 @@ BAD_SAMPLING = [
     ({"top_p": 0.0}, r"top_p = 0.0 is not over 0 and at most 1"),
     ({"top_p": 1.01}, r"top_p = 1.01"),
     ({"top_p": math.nan}, r"top_p = nan"),
-    ({"repetition_penalty": 0.0}, r"repetition_penalty = 0.0 is not a finite number over 0"),
+    ({"repetition_penalty": 0.0}, r"repetition_penalty = 0.0 is not a number from 0.001 to 1000"),
+    ({"repetition_penalty": 1e-46}, r"repetition_penalty = 1e-46 is not a number from"),
+    ({"repetition_penalty": 1e39}, r"repetition_penalty = 1e\+39 is not a number from"),
     ({"repetition_penalty": -1.0}, r"repetition_penalty = -1.0"),
     ({"repetition_penalty": math.inf}, r"repetition_penalty = inf"),
     ({"repetition_penalty": math.nan}, r"repetition_penalty = nan"),
@@ -42,7 +44,7 @@ BAD_SAMPLING = [
     ({"top_k": True}, r"top_k = True is not a whole number"),
     ({"top_p": "most"}, r"top_p = most is not over 0"),
     ({"top_p": Decimal("1.5")}, r"top_p = 1.5 is not over 0"),
-    ({"repetition_penalty": 1j}, r"repetition_penalty = 1j is not a finite number"),
+    ({"repetition_penalty": 1j}, r"repetition_penalty = 1j is not a number from"),
 ]
 
 
@@ -50,8 +52,10 @@ BAD_SAMPLING = [
 def test_generate_refuses_sampling_parameters_when_called(sampling, message):
     with pytest.raises(ValueError, match=message):
         gpt2.generate(random_params(), [1], 1, **sampling)
-    if "repetition_penalty" not in sampling:
-        with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message):
+        if "repetition_penalty" in sampling:
+            inspect.unwrap(gpt2.apply_repetition_penalty)(normal(5), [1], *sampling.values())
+        else:
             inspect.unwrap(gpt2.next_token_probs)(normal(5), **{"temperature": 1.0} | sampling)
 
 
@@ -314,6 +318,12 @@ def test_repetition_penalty_makes_each_seen_id_less_probable_once():
     np.testing.assert_array_equal(actual, np.array([1, -4, 0, 4], np.float32))
     assert actual.dtype == np.float32
     np.testing.assert_array_equal(logits, [2, -2, 0, 4])
+
+
+@pytest.mark.parametrize("penalty", [0.001, 1000])
+def test_repetition_penalty_overflows_no_float32(penalty):
+    logits = np.array([1e30, -1e30, 1], np.float32)
+    assert np.isfinite(gpt2.apply_repetition_penalty(logits, [0, 1], penalty)).all()
 
 
 def reference_generate(params, prompt, n_tokens, choose=np.argmax, eot=None):
