@@ -48,10 +48,8 @@ def refuse_text(tokens: object) -> None:
         )
 
 
-def check_tokens(
-    params: Params, tokens: ArrayLike, kv: Cache | None = None
-) -> Integer[ndarray, "B T"]:
-    """Return tokens (T,) or (B, T) as an array (B, T), or raise ValueError with value and limit."""
+def check_ids(params: Params, tokens: ArrayLike) -> Integer[ndarray, "*B T"]:
+    """Return ids (T,) or (B, T), as many as there are, as an array; see `check_tokens`."""
     check_params(params)
     refuse_text(tokens)
     config, shapes = params.config, "tokens must be whole numbers of shape (T,) or (B, T)"
@@ -65,8 +63,15 @@ def check_tokens(
     if low < 0 or high >= config.n_vocab:
         bad = low if low < 0 else high
         raise ValueError(f"token id {bad} is outside the vocabulary of {config.n_vocab}")
-    tokens = np.atleast_2d(tokens)
-    B, T = tokens.shape
+    return tokens
+
+
+def check_tokens(
+    params: Params, tokens: ArrayLike, kv: Cache | None = None
+) -> Integer[ndarray, "B T"]:
+    """Return tokens (T,) or (B, T) as an array (B, T), or raise ValueError with value and limit."""
+    tokens = np.atleast_2d(check_ids(params, tokens))
+    (B, T), config = tokens.shape, params.config
     if kv is not None:
         check_cache(config, kv, B)
     end = T if kv is None else T + kv.length.max()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpt2_support import blas
-from gpt2_support.checks import IGNORE_INDEX
+from gpt2_support.checks import IGNORE_INDEX, check_ids
 from gpt2_support.distributed import ProcessGroup
 from gpt2_support.messages import BarStream
 
@@ -125,13 +125,16 @@ def measure(
 
     `gpt2` is the module, whose function computes. `lengths` are the bytes of text that each token
     of the vocabulary stands for, 0 for end-of-text, which must be predicted as any other token. See
-    `Windows` for seq_len and stride, and for what raises ValueError.
+    `Windows` for seq_len and stride, and for what raises ValueError, as do ids that the model does
+    not have.
     """
 
     def losses(batch: Batch) -> Float[ndarray, "B T"]:
         return gpt2.token_losses(params, *batch)
 
-    nats, squares = sum_losses(losses, Windows(tokens, seq_len, stride), group)
+    windows = Windows(tokens, seq_len, stride)
+    check_ids(params, tokens)
+    nats, squares = sum_losses(losses, windows, group)
     return Evaluation(nats, len(tokens) - 1, int(lengths[tokens[1:]].sum()), squares)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from gpt2_support.checks import check_ids, to_lists
 from gpt2_support.evaluation import check_finite, in_threads
 
 if TYPE_CHECKING:
@@ -60,10 +61,12 @@ def score(gpt2: Any, params: Params, requests: Sequence[Request]) -> list[list[S
 
     `gpt2` is the module, whose functions compute. A context that is too long loses its beginning,
     as in lm-evaluation-harness. Raises ValueError for an empty ending or context, for an ending
-    of more than n_ctx tokens, and for a model whose logits are not finite.
+    of more than n_ctx tokens, for ids outside the vocabulary, and for a model whose logits are not
+    finite.
     """
     groups: list[Group] = []
     n_scores = 0
+    requests = [check_request(params, request) for request in requests]
     for request in requests:
         groups += make_groups(request, n_scores, params.config.n_ctx)
         n_scores += len(request.endings)
@@ -81,14 +84,24 @@ def score(gpt2: Any, params: Params, requests: Sequence[Request]) -> list[list[S
     return [[next(in_order) for _ in request.endings] for request in requests]
 
 
+def check_request(params: Params, request: Request) -> Request:
+    """Return a request whose ids, in lists or arrays, are lists; raise ValueError as `score`."""
+    context, endings = map(to_lists, request)
+    for ids in (context, *endings):
+        if not ids:
+            nothing = "an empty context or ending cannot be scored"
+            raise ValueError(f"{nothing}: there is nothing to predict")
+        if check_ids(params, ids).ndim > 1:
+            raise ValueError("a context or an ending is a list of ids, found one of lists")
+    return Request(context, endings)
+
+
 def make_groups(request: Request, place: int, n_ctx: int) -> Iterator[Group]:
     """Yield one Group for all endings, or, where that saves nothing or is too long, one for each.
 
     `place` is that of the first score.
     """
     context, endings = request
-    if not context or not all(endings):
-        raise ValueError("an empty context or ending cannot be scored: there is nothing to predict")
     if max(map(len, endings)) > n_ctx:
         raise ValueError(f"an ending of {max(map(len, endings))} tokens exceeds n_ctx = {n_ctx}")
     rows = [[context[-1], *ending] for ending in endings]

@@ -48,6 +48,14 @@ def test_evaluate_refuses_too_few_tokens():
         train.evaluate(train.init_params(TINY), uint16_tokens(1), np.ones(260, int), 8)
 
 
+@pytest.mark.parametrize("id", [-1, -3, 260])
+def test_evaluate_refuses_ids_outside_the_vocabulary(id):
+    """-1 is a target that does not count, which evaluate would count as one without a loss."""
+    tokens = np.array([5, 3, id])
+    with pytest.raises(ValueError, match=f"token id {id} is outside the vocabulary of 260"):
+        train.evaluate(random_params(TINY), tokens, np.ones(300, int), 8)
+
+
 def test_evaluate_is_in_nats_a_token_and_bits_a_byte():
     enc = encoder.train(TEXT, 260)
     params = Params(TINY)  # all zeros: every token is as likely

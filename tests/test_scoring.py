@@ -102,11 +102,29 @@ def test_batches_have_at_most_the_positions_of_the_model(n_endings):
         ([], [[1]], "an empty context or ending"),
         ([1], [[1], []], "an empty context or ending"),
         ([1], [[1] * 25, [2]], "an ending of 25 tokens exceeds n_ctx = 24"),
+        ([-3], [[1]], "token id -3 is outside the vocabulary of 61"),
+        ([1], [[2], [-1]], "token id -1 is outside the vocabulary of 61"),
+        ([1], [[2, 999]], "token id 999 is outside the vocabulary of 61"),
+        ([1], [[2.0]], "tokens must be whole numbers"),
+        ("text", [[2]], "tokens must be ids, found 'text'"),
+        ([[1], [2]], [[2]], "a context or an ending is a list of ids, found one of lists"),
     ],
 )
 def test_requests_that_cannot_be_scored_are_refused(context, endings, message):
     with pytest.raises(ValueError, match=message):
         scoring.score(gpt2, random_params(CONFIG), [scoring.Request(context, endings)])
+
+
+def test_requests_may_hold_arrays():
+    params, requests = random_params(CONFIG), random_requests(6, 2)
+    arrays = [
+        scoring.Request(np.array(context, np.uint16), tuple(map(np.array, endings)))
+        for context, endings in requests
+    ]
+    for a, b in zip(
+        scoring.score(gpt2, params, requests), scoring.score(gpt2, params, arrays), strict=True
+    ):
+        assert [score.nats.tolist() for score in a] == [score.nats.tolist() for score in b]
 
 
 def test_ending_of_n_ctx_tokens_is_scored():
