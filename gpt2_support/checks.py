@@ -73,15 +73,19 @@ def check_tokens(
     tokens = np.atleast_2d(check_ids(params, tokens))
     (B, T), config = tokens.shape, params.config
     if kv is not None:
-        check_cache(config, kv, B)
+        check_cache(params, kv, B)
     end = T if kv is None else T + kv.length.max()
     if end > config.n_ctx:
         raise ValueError(f"position {end} exceeds n_ctx = {config.n_ctx}")
     return tokens
 
 
-def check_cache(config: Config, kv: Cache, n_rows: int) -> None:
-    """Raise ValueError unless a KVCache is of this model, and of so many rows."""
+def check_cache(params: Params, kv: Cache, n_rows: int) -> None:
+    """Raise ValueError unless kv is a KVCache of this model and its dtype, and of so many rows."""
+    config, dtype = params.config, params.flat.dtype
+    make = f"gpt2.KVCache(params.config, {n_rows}, params.flat.dtype) makes one"
+    if not all(isinstance(getattr(kv, name, 0), np.ndarray) for name in ("buffer", "length")):
+        raise ValueError(f"kv must be a KV cache, found {preview(type(kv).__name__)}: {make}")
     if len(kv.length) != n_rows:
         raise ValueError(f"{n_rows} rows of tokens, but the KV cache has {len(kv.length)}")
     head = config.n_head, config.n_ctx, config.n_embd // config.n_head
@@ -89,6 +93,9 @@ def check_cache(config: Config, kv: Cache, n_rows: int) -> None:
     if kv.buffer.shape != expected:
         actual = f"{kv.buffer.shape}, expected {expected}"
         raise ValueError(f"the KV cache is that of another model: its shape is {actual}")
+    if kv.buffer.dtype != dtype:
+        actual = f"{kv.buffer.dtype}, the parameters {dtype}"
+        raise ValueError(f"the KV cache has dtype {actual}: {make}")
 
 
 def check_targets(

@@ -934,6 +934,24 @@ def test_forward_refuses_a_cache_of_another_batch_size():
         gpt2.forward(random_params(), random_tokens(2, 4), gpt2.KVCache(CONFIG, 3))
 
 
+@pytest.mark.parametrize("dtype, other", [(np.float64, np.float32), (np.float32, int)])
+def test_forward_refuses_a_cache_of_another_dtype(dtype, other):
+    """A default cache would make the past of a float64 model float32, one of int would cut it."""
+    params, kv = random_params(dtype=dtype), gpt2.KVCache(CONFIG, 2, other)
+    makes_one = r"gpt2\.KVCache\(params\.config, 2, params\.flat\.dtype\) makes one"
+    message = rf"cache has dtype {np.dtype(other)}, the parameters {np.dtype(dtype)}: {makes_one}"
+    with pytest.raises(ValueError, match=message):
+        gpt2.forward(params, random_tokens(2, 4), kv)
+    assert not kv.length.any()
+
+
+@pytest.mark.parametrize("kv", [{}, True, np.zeros(3)], ids=str)
+def test_forward_refuses_what_is_no_cache(kv):
+    message = rf"kv must be a KV cache, found {type(kv).__name__}: gpt2\.KVCache\("
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(gpt2.forward)(random_params(), [1, 2], kv)
+
+
 @pytest.mark.parametrize("function", [gpt2.loss_and_grads, gpt2.token_losses])
 @pytest.mark.parametrize(
     "targets, message",
