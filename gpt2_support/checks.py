@@ -53,10 +53,7 @@ def check_ids(params: Params, tokens: ArrayLike) -> Integer[ndarray, "*B T"]:
     check_params(params)
     refuse_text(tokens)
     config, shapes = params.config, "tokens must be whole numbers of shape (T,) or (B, T)"
-    try:
-        tokens = np.asarray(tokens)
-    except ValueError:
-        raise ValueError(f"{shapes}, found rows of different lengths") from None
+    tokens = to_array(tokens, shapes)
     if tokens.ndim not in (1, 2) or tokens.size == 0 or tokens.dtype.kind not in "iu":
         raise ValueError(f"{shapes}, found shape {tokens.shape}, dtype {tokens.dtype}")
     low, high = tokens.min(), tokens.max()
@@ -64,6 +61,14 @@ def check_ids(params: Params, tokens: ArrayLike) -> Integer[ndarray, "*B T"]:
         bad = low if low < 0 else high
         raise ValueError(f"token id {bad} is outside the vocabulary of {config.n_vocab}")
     return tokens
+
+
+def to_array(values: ArrayLike, expected: str) -> ndarray:
+    """Return values as an array; raise ValueError, with what is expected, if there is none."""
+    try:
+        return np.asarray(values)
+    except ValueError:
+        raise ValueError(f"{expected}, found rows of different lengths") from None
 
 
 def check_tokens(
@@ -107,9 +112,10 @@ def check_targets(
     """
     tokens, shape = check_tokens(params, tokens), np.shape(tokens)
     n_vocab = params.config.n_vocab
-    targets = np.asarray(targets)
+    expected = f"targets must be whole numbers of the tokens' shape {shape}"
+    targets = to_array(targets, expected)
     if targets.shape != shape or targets.dtype.kind not in "iu":
-        raise ValueError(f"targets of shape {targets.shape} for tokens of shape {shape}")
+        raise ValueError(f"{expected}, found shape {targets.shape}, dtype {targets.dtype}")
     low, high = targets.min(), targets.max()
     if low < IGNORE_INDEX or high >= n_vocab:
         bad = low if low < IGNORE_INDEX else high
@@ -122,9 +128,11 @@ def check_targets(
 
 def check_dlogits(params: Params, tokens: ArrayLike, dlogits: ArrayLike) -> Float[ndarray, "N V"]:
     """Return dlogits as rows; raises ValueError unless it has the shape of the logits."""
-    array, shape = np.asarray(dlogits), (*np.shape(tokens), params.config.n_vocab)
+    shape = *np.shape(tokens), params.config.n_vocab
+    expected = f"dlogits must be numbers of the logits' shape {shape}"
+    array = to_array(dlogits, expected)
     if array.shape != shape or array.dtype.kind not in "fiu":
-        raise ValueError(f"dlogits of shape {array.shape}, the logits have {shape}")
+        raise ValueError(f"{expected}, found shape {array.shape}, dtype {array.dtype}")
     return array.astype(params.flat.dtype, copy=False).reshape(-1, shape[-1])
 
 

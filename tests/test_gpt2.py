@@ -956,9 +956,10 @@ def test_forward_refuses_what_is_no_cache(kv):
 @pytest.mark.parametrize(
     "targets, message",
     [
-        ([1, 2], r"targets of shape \(2,\) for tokens of shape \(3,\)"),
-        ([[1, 2, 3]], r"targets of shape \(1, 3\) for tokens of shape \(3,\)"),
-        ([1.0, 2.0, 3.0], r"targets"),
+        ([1, 2], r"whole numbers of the tokens' shape \(3,\), found shape \(2,\), dtype int"),
+        ([[1, 2, 3]], r"of the tokens' shape \(3,\), found shape \(1, 3\)"),
+        ([1.0, 2.0, 3.0], r"targets must be whole numbers .*\(3,\), dtype float64"),
+        ([[1], [2, 3]], r"tokens' shape \(3,\), found rows of different lengths"),
         ([1, 2, 61], r"target 61 is outside the vocabulary of 61"),
         ([1, -1, 61], r"target 61 is outside the vocabulary of 61"),
         ([1, 2, -2], r"target -2 is outside the vocabulary of 61"),

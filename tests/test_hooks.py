@@ -207,7 +207,13 @@ def test_gradient_of_a_scalar_of_the_logits_is_numeric(shape):
     assert np.vdot(grads.flat, direction) == pytest.approx(expected, rel=1e-6)
     assert set(record_grads) == set(EVERY)
     unchecked = inspect.unwrap(gpt2.gradient)  # a thorough run checks types before
-    with pytest.raises(ValueError, match="dlogits of shape"):
-        unchecked(params, tokens, dlogits[..., :-1])
+    for wrong, actual in [
+        (dlogits[..., :-1], r"found shape \(.*60\), dtype float64"),
+        (dlogits > 0, r"found shape \(.*61\), dtype bool"),
+        ([[1], [2, 3]], "found rows of different lengths"),
+    ]:
+        message = r"dlogits must be numbers of the logits' shape \(.*61\), " + actual
+        with pytest.raises(ValueError, match=message):
+            unchecked(params, tokens, wrong)
     with pytest.raises(ValueError, match="no activation is called 'logits'"):
         gpt2.gradient(params, tokens, dlogits, edit={"logits": 0})
