@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import stat
 import sys
 import time
@@ -34,9 +35,11 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     Other processes see the old file or the whole new file, even if this process is killed: the
     bytes are on the disk before the rename. An error leaves the old file as it was. Of several that
     write one path at once, each writes a file of its own, and the last rename stays. The temporary
-    file of a process that was killed is removed when the same path is written again.
+    file of a process that was killed is removed when the same path is written again. A symbolic
+    link stays, and what it leads to is written. A file that is replaced keeps its permissions.
     """
     path = Path(path)
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     file = open_temporary(path)
@@ -46,6 +49,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             sync(file)
             if sys.platform == "win32":  # which renames no open file
                 file.close()
+            with contextlib.suppress(OSError):  # nothing to replace, or no permissions there
+                shutil.copymode(path, file.name)
             os.replace(file.name, path)  # still locked, so that nobody takes it for a leftover
     except BaseException:
         Path(file.name).unlink(missing_ok=True)
@@ -58,6 +63,9 @@ def open_temporary(path: Path) -> BinaryIO:
         temporary = path.with_name(f"{path.name}.{os.urandom(8).hex()}.tmp")
         file = open(temporary, "xb")  # noqa: SIM115 (the caller closes it)
         if try_lock(file) and is_at(file, temporary):
+            if path.exists():  # it may be for its owner's eyes only
+                with contextlib.suppress(OSError):
+                    temporary.chmod(0o600)
             return file
         file.close()  # before it was locked, another process took it for a leftover
 

@@ -19,6 +19,39 @@ def test_atomic_write_replaces_only_at_a_good_end(tmp_path):
     assert contents(tmp_path / "folder") == {"file": b"old"}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+@pytest.mark.parametrize("exists", [True, False])
+def test_atomic_write_writes_what_a_link_leads_to(tmp_path, exists):
+    link, target = tmp_path / "link", tmp_path / "folder" / "file"
+    link.symlink_to(os.path.join("folder", "file"))
+    if exists:
+        target.parent.mkdir()
+        target.write_bytes(b"old")
+    with files.atomic_write(link) as file:
+        file.write(b"new")
+    assert link.is_symlink() and target.read_bytes() == b"new"
+    assert os.listdir(target.parent) == ["file"] and len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files have no such permissions there")
+@pytest.mark.parametrize("mode", [0o600, 0o664, 0o444])
+def test_atomic_write_keeps_the_permissions_of_a_file(tmp_path, mode):
+    path, new = tmp_path / "file", tmp_path / "new"
+    path.write_bytes(b"old")
+    path.chmod(mode)
+    with files.atomic_write(path) as file:
+        file.write(b"new")
+        assert os.stat(file.name).st_mode & 0o777 == 0o600  # nobody else may read it meanwhile
+    assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == mode
+    before = os.umask(0o027)
+    try:
+        with files.atomic_write(new):
+            pass
+    finally:
+        os.umask(before)
+    assert new.stat().st_mode & 0o777 == 0o640
+
+
 def test_atomic_write_names_the_file_when_the_disk_is_full(tmp_path):
     full = pytest.raises(OSError, match=r"No space.*model\.bin")
     with full, files.atomic_write(tmp_path / "model.bin"):
