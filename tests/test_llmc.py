@@ -17,7 +17,7 @@ def test_model_file_round_trip_is_exact(tmp_path):
     loaded = llmc.load_params(tmp_path)
     assert loaded.config == TINY
     assert loaded.flat.tobytes() == params.flat.tobytes()
-    assert not loaded.flat.flags.writeable  # memory-mapped
+    assert not loaded.flat.flags.writeable
 
 
 def test_model_file_of_llmc_is_saved_byte_for_byte(shared, tmp_path):
@@ -30,7 +30,9 @@ def test_model_file_version_1_has_no_padding(tmp_path):
     params = random_params(TINY, np.float32)
     start, end = TINY.n_vocab * TINY.n_embd, TINY.n_vocab_padded * TINY.n_embd
     write_bin(tmp_path / "model.bin", 1, TINY, np.delete(params.flat, np.s_[start:end]), padded=0)
-    assert np.array_equal(llmc.load_params(tmp_path).flat, params.flat)
+    loaded = llmc.load_params(tmp_path)
+    assert np.array_equal(loaded.flat, params.flat)
+    assert not loaded.flat.flags.writeable and not loaded.wte.flags.writeable
 
 
 def test_model_file_version_5_is_bf16(tmp_path):
@@ -40,6 +42,7 @@ def test_model_file_version_5_is_bf16(tmp_path):
     loaded = llmc.load_params(tmp_path)
     assert loaded.flat.dtype == np.float32
     assert np.array_equal(loaded.flat.view("u4"), bits)
+    assert not loaded.flat.flags.writeable and not loaded.wte.flags.writeable
 
 
 @pytest.mark.parametrize(

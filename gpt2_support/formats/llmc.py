@@ -93,12 +93,12 @@ def read_values(file: BinaryIO, dtype: str | np.dtype, header_bytes: int = HEADE
 
 
 def load_params(path: str | Path) -> Params:
-    """Return the Params of a model .bin file, or of the `model.bin` in a folder.
+    """Return the Params, read-only, of a model .bin file, or of the `model.bin` in a folder.
 
-    A file of version 3 (float32, padded vocabulary) gives read-only parameters. If it has more than
-    64 MB it is memory-mapped, that is, read from the disk as it is used: a program that shortens it
-    in place meanwhile ends this one (SIGBUS); one that replaces it does no harm. Versions 1
-    (unpadded) and 5 (bf16) are copied to float32. Raises FileNotFoundError, or ValueError if header
+    A file of version 3 (float32, padded vocabulary) of more than 64 MB is memory-mapped, that is,
+    read from the disk as it is used: a program that shortens it in place meanwhile ends this one
+    (SIGBUS); one that replaces it does no harm. Versions 1 (unpadded) and 5 (bf16) are copied to
+    float32. Raises FileNotFoundError, or ValueError if header
     or file size are not those of a GPT-2.
     """
     path = Path(path)
@@ -107,12 +107,11 @@ def load_params(path: str | Path) -> Params:
         values = read_values(file, dtype)
     if dtype == np.uint16:
         values = bf16_to_float32(values)
-    if n_rows == config.n_vocab_padded:
-        return Params(config, values)
-    params, n_embd = Params(config), config.n_embd
-    params.flat[: n_rows * n_embd] = values[: n_rows * n_embd]
-    params.flat[config.n_vocab_padded * n_embd :] = values[n_rows * n_embd :]
-    return params
+    if n_rows < config.n_vocab_padded:
+        end, padding = n_rows * config.n_embd, (config.n_vocab_padded - n_rows) * config.n_embd
+        values = np.concatenate([values[:end], np.zeros(padding, "<f4"), values[end:]])
+    values.flags.writeable = False
+    return Params(config, values)
 
 
 @contextlib.contextmanager
