@@ -63,7 +63,7 @@ def check_ids(params: Params, tokens: ArrayLike) -> Integer[ndarray, "*B T"]:
     return tokens
 
 
-def to_array(values: ArrayLike, expected: str) -> ndarray:
+def to_array(values: object, expected: str) -> ndarray:
     """Return values as an array; raise ValueError, with what is expected, if there is none."""
     try:
         return np.asarray(values)

@@ -246,9 +246,8 @@ def encode_files(
     The id of <|endoftext|> stands before each document, as in llm.c's data. `docs` is as in
     `read_documents`. Large files are shared among up to `n_procs` processes. `check` is called at
     the end and may raise an error: then nothing is written. `before_rename` is called just before
-    `out` is replaced. Raises ValueError if `enc` has no
-    end-of-text token, if its ids do not fit the file, or if there is no text, and OSError if a file
-    cannot be read.
+    `out` is replaced. Raises ValueError if `enc` has no end-of-text token, if its ids do not fit
+    the file, or if there is no text, and OSError if a file cannot be read.
     """
     from tqdm import tqdm
 

@@ -98,8 +98,8 @@ def load_params(path: str | Path) -> Params:
     A file of version 3 (float32, padded vocabulary) of more than 64 MB is memory-mapped, that is,
     read from the disk as it is used: a program that shortens it in place meanwhile ends this one
     (SIGBUS); one that replaces it does no harm. Versions 1 (unpadded) and 5 (bf16) are copied to
-    float32. Raises FileNotFoundError, or ValueError if header
-    or file size are not those of a GPT-2.
+    float32. Raises FileNotFoundError, or ValueError if header or file size are not those of a
+    GPT-2.
     """
     path = Path(path)
     with open_file(path / "model.bin" if path.is_dir() else path) as file:
