@@ -103,7 +103,7 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     dropout: float = 0.0  # probability, of embeddings, attention weights and branches
-    grad_clip: float = 1.0  # the largest norm of the gradient
+    grad_clip: float = 1.0  # the largest norm of the gradient; 0 is any
     seed: int = 0
     ranks: int = 1  # processes that share a batch; must divide batch_size
     threads: int = 1  # of a rank, that share its rows of a batch; must divide their number
@@ -247,7 +247,7 @@ def train_step(
             f"training has diverged: at step {state.step + 1} the loss is {loss} and the norm of "
             f"the gradient {grad_norm}. Checkpoints are as they were; try a lower --lr"
         )
-    clip = min(1.0, config.grad_clip / (grad_norm + 1e-6))
+    clip = min(1.0, config.grad_clip / (grad_norm + 1e-6)) if config.grad_clip else 1.0
     lr = learning_rate(state.step, config)
     state.step, state.is_consistent = state.step + 1, False
     state.optimizer.step(params, grads, lr, state.step, config, clip, workers.parallel)
@@ -455,6 +455,8 @@ def train_command(args: Namespace) -> None:
         run_folder.check_unused(out, args.overwrite)
     with group.rank_zero_first():  # it learns and encodes; the others find that done
         enc = find_tokenizer(args)
+        if not (args.resume or args.overwrite):
+            run_folder.check_tokenizer(out, (enc.tokens, enc.eot))
         tokens, val_tokens = train_cli.read_tokens(args, enc)
     args.n_tokens, data = len(tokens), checkpoint.fingerprint(data=tokens, val_data=val_tokens)
     if args.minutes and args.init == "scratch" and not args.resume:

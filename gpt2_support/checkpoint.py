@@ -38,9 +38,10 @@ MAY_BE_ZERO = ("warmup", "seed")  # the other whole numbers among the settings a
 def save_state(
     folder: str | Path, meta: dict, arrays: Mapping[str, Iterable[ndarray]], n: int
 ) -> None:
-    """Write state.npz: `meta` as JSON, and float32 arrays (n,), each given as consecutive shards.
+    """Write state.npz: `meta` as JSON, and arrays (n,), each given as consecutive shards.
 
-    Shards are written one by one, so that they never need to be in memory all at once.
+    The file holds float32, whatever the arrays are. Shards are written one by one, so that they
+    never need to be in memory all at once.
     """
     with atomic_write(Path(folder, STATE)) as file:
         write_npz(file, json.dumps(meta), arrays, n)
@@ -56,7 +57,7 @@ def write_npz(file: IO[bytes], meta: str, arrays: Mapping[str, Iterable[ndarray]
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for shard in shards:
-                    member.write(shard.data)
+                    member.write(np.ascontiguousarray(shard, "<f4").data)
 
 
 @contextlib.contextmanager

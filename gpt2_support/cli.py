@@ -202,11 +202,15 @@ def checked(
 
 
 positive_int = checked(int, lambda n: n >= 1, "a whole number of 1 or more")
+int_from_2 = checked(int, lambda n: n >= 2, "a whole number of 2 or more")
 natural = checked(int, lambda n: n >= 0, "a whole number of 0 or more")
 number = checked(float, lambda x: 0 <= x < math.inf, "a number of 0 or more")
 positive_number = checked(float, lambda x: 0 < x < math.inf, "a number over 0")
+up_to_a_million = checked(float, lambda x: 0 < x <= 1e6, "a number over 0 and at most 1,000,000")
 below_1 = checked(float, lambda x: 0 <= x < 1, "a number of 0 or more and below 1")
 fraction = checked(float, lambda x: 0 < x <= 1, "a number over 0 and at most 1")
+
+folder = checked(Path, lambda path: path.is_dir() or not path.exists(), "a folder")
 
 
 def text(argument: str) -> str:
@@ -220,8 +224,14 @@ def text(argument: str) -> str:
         return argument
 
 
+class BadArgument(ValueError):
+    """An argument that does not fit what the program has read meanwhile, a model for example."""
+
+
 def run(main: Callable[[], object]) -> None:
     """Call a program's `main` and exit: 0, or 1 with the error on one line, 130 after Ctrl-C.
+
+    After BadArgument, 2 as after an error of the parser.
 
     The entry points of the installed commands call it, as does `python gpt2.py`.
     """
@@ -257,5 +267,9 @@ def status_of(function: Callable[[], object]) -> int | str | None:
     except (ValueError, OSError, ImportError, MemoryError, OverflowError) as error:
         name = Path(sys.argv[0]).name.removesuffix(".exe")
         nameless = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
-        return printable(f"{name}: error: {one_line(str(error)) or nameless}", sys.stderr)
+        message = f"{name}: error: {one_line(str(error)) or nameless}"
+        if isinstance(error, BadArgument):
+            info(message)
+            return 2
+        return printable(message, sys.stderr)
     return None

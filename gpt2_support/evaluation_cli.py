@@ -55,7 +55,7 @@ def make_parser() -> cli.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--model", type=str, help="a name or path, as for gpt2.py --model (default: 124M, or "
         "stories where that cannot be downloaded)")  # fmt: skip
-    add("--models_dir", type=Path, default=hub.MODELS_DIR, help="folder of the models")
+    add("--models_dir", type=cli.folder, default=hub.MODELS_DIR, help="folder of the models")
     add("--tokenizer", type=str, help="a tokenizer file, or a folder or model that has one "
         "(default: that of the model)")  # fmt: skip
     add = parser.add_argument_group("data").add_argument
@@ -86,6 +86,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.is_task = args.data is not None and is_task(args.data)
     if (args.text is None) == (args.data is None):
         parser.error("give either a TEXT to score or --data to measure with")
+    if args.text == "":
+        parser.error("TEXT is empty")
     if args.text in tasks.TASKS or (args.text and is_file(args.text)):
         parser.error(f"to measure with {args.text}: --data {args.text}; a TEXT is scored as it is")
     given = parser.given(argv)
@@ -145,12 +147,14 @@ def model_name(name: str | None, path: Path) -> str:
 
 
 def window_lengths(args: argparse.Namespace, n_ctx: int) -> tuple[int, int]:
-    """Return --seq_len and --stride; raises ValueError if they do not fit."""
+    """Return --seq_len and --stride; raises BadArgument if they do not fit."""
     seq_len = args.seq_len or n_ctx
     stride = args.stride or seq_len
-    if not stride <= seq_len <= n_ctx:
-        limits = f"--stride {stride} <= --seq_len {seq_len} <= n_ctx {n_ctx}"
-        raise ValueError(f"expected {limits}")
+    if seq_len > n_ctx:
+        raise cli.BadArgument(f"--seq_len {seq_len} exceeds n_ctx = {n_ctx}")
+    if stride > seq_len:
+        limit = "--seq_len" if args.seq_len else "n_ctx ="
+        raise cli.BadArgument(f"--stride {stride} exceeds {limit} {seq_len}")
     return seq_len, stride
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2_support import checks, cli, hub
@@ -41,7 +40,7 @@ def make_parser() -> cli.ArgumentParser:
         "Face hub (distilgpt2, owner/name[@revision]), a model in --models_dir, or a path, also in "
         "Hugging Face's or OpenAI's format; a missing model is downloaded (default: 124M, or "
         "stories where that cannot be downloaded)")  # fmt: skip
-    add("--models_dir", type=Path, default=hub.MODELS_DIR, help="folder of the models")
+    add("--models_dir", type=cli.folder, default=hub.MODELS_DIR, help="folder of the models")
     add = parser.add_argument_group("text").add_argument
     add("--n_tokens", type=positive, default=40, help="tokens to generate at most")
     add("--stop", action="append", type=cli.text, default=[], help="end before this text; may be "

@@ -26,7 +26,7 @@ def deferred_interrupts() -> Iterator[Callable[[], bool]]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if not timestamps:
-            print("\nstopping after this step ...", file=sys.stderr)
+            print("\nstopping after this step (again: at once, unsaved) ...", file=sys.stderr)
         elif time.monotonic() > timestamps[0] + 1:
             raise KeyboardInterrupt
         timestamps.append(time.monotonic())

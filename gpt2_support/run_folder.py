@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2_support.files import hold_lock, make_folders, size_of
+from gpt2_support.formats.token_table import load_tokenizer
 from gpt2_support.interrupts import never_fatal
 from gpt2_support.messages import info
 
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 
     from gpt2_support.distributed import ProcessGroup
 
-MODELS = ("model.bin", "state.npz", "best/model.bin")  # what a new run does not replace unasked
+MODELS = (  # what a new run does not replace, or stand in front of, unasked
+    *("model.bin", "state.npz", "best/model.bin"),
+    *("model.safetensors", "model.safetensors.index.json", "hparams.json"),
+)
 MAY_BE_ABSENT = ("best/model.bin", "best/val_loss.json", "loss.png")  # at the first checkpoint
 LOCK = ".lock"
 UNFINISHED = ".new"  # the files of a run that is to replace another, before its first checkpoint
@@ -70,7 +74,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def has_model(folder: Path) -> bool:
-    """Tell whether a run has left a model in a folder; a log alone is none."""
+    """Tell whether a folder has a model, a run's or another; a log alone is none."""
     return any((folder / name).exists() for name in MODELS)
 
 
@@ -81,6 +85,16 @@ def check_unused(folder: Path, overwrite: bool) -> None:
         raise ValueError(
             f"{folder}: there is a model already: {resume}--overwrite replaces it, and another "
             "--out leaves it alone"
+        )
+
+
+def check_tokenizer(folder: Path, tokenizer: tuple[list[bytes], int | None]) -> None:
+    """Raise ValueError if a folder has another tokenizer than a new run's, (tokens, eot)."""
+    path = folder / "tokenizer.bin"
+    if path.exists() and load_tokenizer(path) != tokenizer:
+        raise ValueError(
+            f"{path}: another tokenizer than this run's: --tokenizer {path} uses it, --overwrite "
+            "replaces it, and another --out leaves it alone"
         )
 
 
@@ -96,9 +110,10 @@ class RunFolder:
         self, path: Path, save_tokenizer: Callable[[Path], object] | None, is_new: bool
     ) -> None:
         self.path = self.current = path
-        self.save_tokenizer = save_tokenizer
+        self.save_tokenizer, self.is_new = save_tokenizer, is_new
         if is_new and save_tokenizer:
-            self.current = path / UNFINISHED if has_model(path) else path
+            is_used = has_model(path) or any(file.exists() for file in self.tokenizers())
+            self.current = path / UNFINISHED if is_used else path
             self.add_tokenizers(replace=True)
 
     def __enter__(self) -> RunFolder:
@@ -107,12 +122,19 @@ class RunFolder:
     def __exit__(self, *error: object) -> None:
         if self.current != self.path:
             shutil.rmtree(self.current, ignore_errors=True)
+        elif self.is_new and not has_model(self.path):  # it came to no checkpoint
+            for file in self.tokenizers():
+                file.unlink(missing_ok=True)
+
+    def tokenizers(self) -> list[Path]:
+        """Return the paths of the tokenizers beside the last model and the best."""
+        return [folder / "tokenizer.bin" for folder in (self.current, self.current / "best")]
 
     def add_tokenizers(self, replace: bool = False) -> None:
         """Write the tokenizer beside both models; unless `replace`, only where it is missing."""
-        for folder in (self.current, self.current / "best"):
-            if self.save_tokenizer and (replace or not (folder / "tokenizer.bin").exists()):
-                self.save_tokenizer(folder / "tokenizer.bin")
+        for file in self.tokenizers():
+            if self.save_tokenizer and (replace or not file.exists()):
+                self.save_tokenizer(file)
 
     def settle(self) -> Path:
         """Let a checkpoint replace the run that was there, if it is the first; return `path`."""

@@ -167,6 +167,7 @@ def plot_log(rows: list[Row], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=Path(path).parent.name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if rows:
+        axes.legend()
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2_support import checkpoint, cli, datasets, folders, hub, run_folder
+from gpt2_support.cli import BadArgument
+from gpt2_support.encoder_cli import vocabulary_size
 from gpt2_support.messages import info
 from gpt2_support.params import Config, named_shapes
 from gpt2_support.planning import default_warmup, memory
@@ -94,7 +96,7 @@ def make_parser(
         ("val_data", Path, "the same for validation (default: the last tenth of --data)"),
         ("tokenizer", str, "a tokenizer file, or a folder or model that has one (default: that of "
          "--init, or the one that `encode` left beside a .bin, or one learned from the text)"),
-        ("n_vocab", positive, "size of the vocabulary that is learned from a text"),
+        ("n_vocab", vocabulary_size, "size of the vocabulary that is learned from a text"),
         ("docs", [*docs], "what a document of a text is: see encoder.py encode"),
     )  # fmt: skip
     group.add_argument(
@@ -107,12 +109,12 @@ def make_parser(
         ("n_head", positive, "attention heads of each layer"),
         ("n_embd", positive, "channels of a model from scratch"),
         ("n_ctx", positive, "tokens of context"),
-        ("models_dir", Path, "folder of the models"),
+        ("models_dir", cli.folder, "folder of the models"),
     )
     group = add_group(
         "output",
-        ("out", Path, "folder to write (default: one named after --data, in --models_dir or, where "
-         "that is a cache, in models)"),
+        ("out", cli.folder, "folder to write (default: one named after --data, in --models_dir or, "
+         "where that is a cache, in models)"),
     )  # fmt: skip
     group.add_argument("--resume", action="store_true", help="go on with the run in --out")
     group.add_argument(
@@ -128,7 +130,7 @@ def make_parser(
     group = add_group(
         "training",
         ("steps", positive, "steps of the optimizer in all"),
-        ("epochs", cli.positive_number, "passes over the data for --steps (default: by --steps)"),
+        ("epochs", cli.up_to_a_million, "passes over the data for --steps (default: by --steps)"),
         ("minutes", cli.positive_number, "choose what is not given for a low validation loss after "
          "this time: from scratch the vocabulary, the model, batch and dropout; always the steps. "
          "The time includes reading the text, validations and checkpoints. With --resume the "
@@ -154,7 +156,7 @@ def make_parser(
         ("weight_decay", number, "decay of the matrices, times their rate"),
         ("dropout", cli.below_1, "probability that a value is dropped, of embeddings, attention "
          "weights and branches: for texts that are read many times (GPT-2: 0.1)"),
-        ("grad_clip", number, "the largest norm of the gradient"),
+        ("grad_clip", number, "the largest norm of the gradient; 0 allows any"),
         ("threads", positive, "threads that share a batch; the last bits depend on their number "
          "(default: the fastest, measured)"),
         ("seed", natural, "decides the first weights, the order of the data, the samples"),
@@ -176,7 +178,7 @@ def make_parser(
             "validations without a lower loss that end the run, whose result is "
             "then the model in best/ (default: it goes on to the end)",
         ),
-        ("eval_tokens", positive, "the most tokens that a validation takes"),
+        ("eval_tokens", cli.int_from_2, "the most tokens that a validation takes"),
         ("save_every", positive, "steps between checkpoints"),
         ("sample_every", positive, "steps between samples"),
         ("prompt", cli.text, "beginning of the samples (default: none, they begin a text)"),
@@ -238,6 +240,8 @@ def check_args(parser: cli.ArgumentParser, args: Namespace, given: set[str]) -> 
         parser.error("--data is needed: a text file or a tokens .bin")
     if args.eval_only and args.init == "scratch":
         parser.error("--eval_only needs --init, the model to evaluate")
+    if not args.minutes and args.n_embd % args.n_head:
+        parser.error(f"--n_head {args.n_head} does not divide --n_embd {args.n_embd}")
     for name, reason in ignored_flags(args, given):
         parser.error(f"argument --{name}: it would do nothing, since {reason}")
 
@@ -287,14 +291,14 @@ def hold_folder(args: Namespace, group: ProcessGroup) -> AbstractContextManager:
 def fit_to_model(args: Namespace, model: Config) -> dict[str, Any]:
     """Return the settings that depend on the model and the ranks, {name: value}.
 
-    Raises ValueError for flags that do not fit them.
+    Raises BadArgument for flags that do not fit them, or the run that they resume.
     """
     group, n_ctx = args.group, model.n_ctx
     if args.shard and group.size == 1:
         info("--shard: there is one rank, which has nobody to share with")
     seq_len = args.seq_len or (n_ctx if args.init == "scratch" else min(n_ctx, 256))
     if seq_len > n_ctx:
-        raise ValueError(f"--seq_len {seq_len} exceeds n_ctx = {n_ctx}")
+        raise BadArgument(f"--seq_len {seq_len} exceeds n_ctx = {n_ctx}")
     check_division(args)
     lr = 0.5 / model.n_embd if args.lr is None else args.lr  # 0.03 for 16 channels, 6.5e-4 for 768
     muon_lr = 0.04 * model.n_embd * lr if args.muon_lr is None else args.muon_lr
@@ -302,6 +306,11 @@ def fit_to_model(args: Namespace, model: Config) -> dict[str, Any]:
     if args.resume:
         min_lr, muon_lr = rates_in_proportion(args, min_lr, muon_lr)
     steps = steps_of(args, seq_len) if args.epochs else args.steps
+    if args.resume and steps < args.state.step:
+        flag = f"--epochs {args.epochs:g}" if args.epochs else f"--steps {steps}"
+        raise BadArgument(
+            f"{flag}: the run in {args.out} has taken {args.state.step} steps already: give more"
+        )
     warmup = default_warmup(steps) if args.warmup is None else args.warmup
     paths = {"data": args.data, "val_data": args.val_data}
     return {
@@ -327,26 +336,26 @@ def steps_of(args: Namespace, seq_len: int) -> int:
 
 
 def check_division(args: Namespace) -> None:
-    """Raise ValueError if ranks and threads cannot share a batch equally."""
+    """Raise BadArgument if ranks and threads cannot share a batch equally."""
     batch_size, size = args.batch_size, args.group.size
     if batch_size % size:
-        raise ValueError(f"{size} ranks cannot share --batch_size {batch_size} equally")
+        raise BadArgument(f"{size} ranks cannot share --batch_size {batch_size} equally")
     if batch_size // size % (args.threads or 1):
         among = f" / {size} ranks" if size > 1 else ""
-        raise ValueError(
+        raise BadArgument(
             f"--threads {args.threads} does not divide --batch_size {batch_size}{among}"
         )
 
 
 def check_same_run(args: Namespace, model: Config, data: dict[str, str]) -> None:
-    """Raise ValueError if --resume is to go on with another model or other data."""
+    """Raise an error if --resume is to go on with another model or other data."""
     if model != args.state.params.config:
-        raise ValueError(
+        raise BadArgument(
             f"{args.out}: the run has {args.state.params.config}; that cannot be changed"
         )
     if args.optimizer != args.state.config.optimizer:
         before = args.state.config.optimizer
-        raise ValueError(f"{args.out}: the run has --optimizer {before}; that cannot be changed")
+        raise BadArgument(f"{args.out}: the run has --optimizer {before}; that cannot be changed")
     if not args.other_data:
         checkpoint.check_data(args.out, args.state.data, data)
 
@@ -394,5 +403,6 @@ def say_done(state: Any, args: Namespace) -> None:
     result = best if state.is_stale else args.out
     sampling = ("--model", result, "--n_tokens", 100, "--temperature", 0.8)
     command = cli.command("gpt2.py", args.prompt, *sampling)
-    lowest = f"the lowest validation loss was {state.best_loss:.4f}, by {best}"
-    info(f"{result / 'model.bin'}: done; {lowest}. To sample: {command}")
+    lowest = f"; the lowest validation loss was {state.best_loss:.4f}, by {best}"
+    lowest = lowest if math.isfinite(state.best_loss) else ""
+    info(f"{result / 'model.bin'}: done{lowest}. To sample: {command}")

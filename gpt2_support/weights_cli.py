@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2_support import datasets
-from gpt2_support.cli import ArgumentParser, run
+from gpt2_support.cli import ArgumentParser, folder, run
 from gpt2_support.formats.llmc import VERSIONS
 from gpt2_support.hub import (
     MODEL_ALIASES,
@@ -58,7 +58,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_download(commands)
     add_convert(commands)
     args = parser.parse_args(argv)
-    if args.command == "download" and args.base_url and args.name not in MODEL_NAMES:
+    if args.command == "download" and args.name in DATA_SETS:
+        if args.models_dir != MODELS_DIR or args.base_url or args.keep:
+            parser.error(
+                f"{args.name}: a data set, and --models_dir, --base_url and --keep are for models; "
+                "name the folder of data sets with GPT2_DATASETS_DIR in the environment"
+            )
+    elif args.command == "download" and args.base_url and args.name not in MODEL_NAMES:
         reason = "it is for OpenAI's models"
         parser.error(f"argument --base_url: it would do nothing, since {reason}")
     if args.command == "convert" and args.to == "hf" and args.dtype != "fp32":
@@ -86,7 +92,7 @@ def add_download(commands: Commands) -> None:
     )
     add = parser.add_argument
     add("name", type=model_name, metavar="NAME", help=NAME_HELP)
-    add("--models_dir", metavar="DIR", type=Path, default=MODELS_DIR, help="the folder of models")
+    add("--models_dir", metavar="DIR", type=folder, default=MODELS_DIR, help="the folder of models")
     add(
         "--base_url",
         metavar="URL",
@@ -133,15 +139,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line: `python utils.py --help`."""
     args = parse_args(argv)
     if args.command == "download" and args.name in DATA_SETS:
-        if args.models_dir != MODELS_DIR or args.base_url or args.keep:
-            raise ValueError(
-                f"{args.name}: a data set, and --models_dir, --base_url and --keep are for models; "
-                "name the folder of data sets with GPT2_DATASETS_DIR in the environment"
-            )
         info(f"{datasets.download(args.name)}: downloaded")
     elif args.command == "download":
-        folder = download(args.name, args.models_dir, args.base_url, args.keep)
-        if args.keep and not any((folder / name).exists() for name in ("openai", "huggingface")):
+        path = download(args.name, args.models_dir, args.base_url, args.keep)
+        if args.keep and not any((path / name).exists() for name in ("openai", "huggingface")):
             info("--keep: the downloaded files are no longer there")
     else:
         convert(args.source, args.target, args.to, args.overwrite, args.dtype)

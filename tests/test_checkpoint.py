@@ -33,6 +33,14 @@ def test_write_npz_writes_what_numpy_would():
     assert ours.getvalue() == numpys.getvalue()
 
 
+def test_checkpoint_of_float64_is_rounded_to_float32(tmp_path):
+    params = train.init_params(TINY)
+    params = type(params)(TINY, params.flat * np.float64(1 + 1e-12))
+    train.save_checkpoint(tmp_path, train.TrainState(params))
+    loaded = train.load_checkpoint(tmp_path).params.flat
+    np.testing.assert_array_equal(loaded, params.flat.astype(np.float32))
+
+
 def test_state_file_holds_what_every_version_reads(tmp_path):
     """The names in the file are a format: runs of older versions are resumed."""
     train.save_checkpoint(tmp_path, tiny_state())

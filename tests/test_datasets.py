@@ -114,7 +114,7 @@ def test_download_without_a_network_says_where_to_put_the_text(call, monkeypatch
 
 def test_download_of_a_data_set_refuses_the_flags_of_models(call, site):
     done = call(utils, "download", "names", "--models_dir", "elsewhere")
-    assert done.returncode == 1 and "GPT2_DATASETS_DIR" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "GPT2_DATASETS_DIR" in done.stderr.splitlines()[-1]
 
 
 def test_train_fetches_a_data_set_at_first_use_and_resumes(no_picture, call, site, tmp_path):
@@ -333,7 +333,7 @@ def test_text_that_is_not_utf8_is_reported_with_the_share(call, enc, tmp_path, c
 
 def test_train_reports_a_text_that_is_not_utf8_once(call, text):
     text.write_bytes(png(20_000))
-    done = call(train, "--data", text, "--out", text.parent / "run", "--n_embd", 7)
+    done = call(train, "--data", text, "--out", text.parent / "run", "--seq_len", 999)
     assert done.stderr.count("not valid UTF-8") == 1
 
 

@@ -334,9 +334,9 @@ def test_command_resumes_on_another_number_of_ranks(mpi, run, uncounted, fish, t
 # --- ends ---------------------------------------------------------------------------------------
 
 ERRORS = {
-    "share": (3, ["--batch_size", "4"], 1, "3 ranks cannot share --batch_size 4 equally"),
-    "windows": (4, ["--batch_size", "2"], 1, "4 ranks cannot share --batch_size 2 equally"),
-    "threads": (2, ["--threads", "4"], 1, "--threads 4 does not divide --batch_size 12 / 2 ranks"),
+    "share": (3, ["--batch_size", "4"], 2, "3 ranks cannot share --batch_size 4 equally"),
+    "windows": (4, ["--batch_size", "2"], 2, "4 ranks cannot share --batch_size 2 equally"),
+    "threads": (2, ["--threads", "4"], 2, "--threads 4 does not divide --batch_size 12 / 2 ranks"),
     "short": (2, ["--batch_size", "5000"], 1, "is shorter than one batch of 5000 windows of 8"),
     "no file": (2, ["--data", "nowhere.txt"], 1, "nowhere.txt: no such file"),
     "flag": (2, ["--steps", "0"], 2, "argument --steps: '0' is not a whole number of 1 or more"),

@@ -89,8 +89,8 @@ def test_text_without_an_end_of_text_begins_with_its_second_token(call, tmp_path
 @pytest.mark.parametrize("text", ["", "Once"])
 def test_text_of_a_token_or_none_is_told_or_scored(call, text):
     done = call(evaluate, text, "--model", "stories")
-    assert done.returncode == (0 if text else 1)
-    assert text or "cannot evaluate on 1 tokens" in last_line(done)
+    assert done.returncode == (0 if text else 2)
+    assert text or "TEXT is empty" in last_line(done)
 
 
 # --- texts of any size --------------------------------------------------------------------------
@@ -206,8 +206,8 @@ REFUSALS = {
     "way of a text": (["--data", "README.md", "--way", "llm.c"], 2, "it belongs to HellaSwag"),
     "stride": (
         ["--data", "README.md", "--stride", "9", "--seq_len", "8"],
-        1,
-        "--stride 9 <= --seq",
+        2,
+        "--stride 9 exceeds --seq_len 8",
     ),
     "no file": (["--data", "no.jsonl"], 1, "no.jsonl"),
     "no text": (["--data", "no.txt"], 1, "no.txt: no such file, nor a data set of that name"),

@@ -82,6 +82,45 @@ def test_overwrite_that_comes_to_no_checkpoint_leaves_the_old_run(
     )
 
 
+@pytest.mark.parametrize("event", [diverge, stop_early])
+def test_new_run_that_comes_to_no_checkpoint_leaves_no_tokenizer(
+    no_picture, call, fish, out, monkeypatch, event
+):
+    event(monkeypatch)
+    assert call(train, *fish()).returncode == EVENTS[event][0]
+    assert not list(out.rglob("tokenizer.bin"))
+
+
+def test_new_run_keeps_the_tokenizer_that_is_there(no_picture, call, fish, out, monkeypatch):
+    encoder.train(TEXT, 258).save(out / "tokenizer.bin")
+    before = read_files(out)
+    done = call(train, *fish())
+    assert done.returncode == 1 and "another tokenizer than this run's" in done.stderr
+    with monkeypatch.context() as patch:
+        diverge(patch)
+        assert call(train, *fish("--overwrite")).returncode == 1
+    assert read_files(out)["tokenizer.bin"] == before["tokenizer.bin"]
+    assert call(train, *fish("--tokenizer", out / "tokenizer.bin")).returncode == 0
+    assert encoder.load(out).n_vocab == 258
+    assert read_files(out)["tokenizer.bin"] == before["tokenizer.bin"]
+
+
+def test_new_run_leaves_a_model_of_hugging_face_alone(no_picture, call, fish, trained, tmp_path):
+    theirs = tmp_path / "theirs"
+    weights.convert(trained, theirs, "hf")
+    before = read_files(theirs)
+    done = call(train, *fish("--init", theirs, "--out", theirs))
+    assert done.returncode == 1 and "there is a model already" in done.stderr
+    assert read_files(theirs) == before
+
+
+@pytest.mark.parametrize("flag", ["--out", "--models_dir"])
+def test_file_in_place_of_a_folder_is_refused(call, fish, text, flag):
+    done = call(train, *fish(flag, text))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"train.py: error: argument {flag}: '{text}' is")
+
+
 def test_overwrite_leaves_nothing_of_the_old_run(trained, call, fish, text):
     (trained / "loss.png").write_bytes(b"the picture of the old run")
     (trained / "notes.txt").write_text("my own")

@@ -40,6 +40,13 @@ def test_run_log_writes_rows_a_progress_line_and_a_picture(tmp_path, capsys):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.filterwarnings("error")
+def test_run_log_without_rows_draws_without_a_warning(tmp_path):
+    pytest.importorskip("matplotlib")
+    runlog.plot_log([], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_run_log_escapes_what_a_terminal_would_obey(capsys, monkeypatch):
     with runlog.RunLog(None, 0, 1) as log:
         log.write("\x1b[2J")
