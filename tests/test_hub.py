@@ -317,9 +317,9 @@ def test_download_into_a_file_fails_on_one_line(site, call, tmp_path):
     (tmp_path / "file").touch()
     args = ["download", "124M", "--base_url", site.url, "--models_dir", tmp_path / "file"]
     done = call(utils, *args)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
-    assert "file" in done.stderr
+    assert f"argument --models_dir: '{tmp_path / 'file'}' is not a folder" in done.stderr
 
 
 @pytest.mark.thorough

@@ -525,7 +525,7 @@ def test_bundled_model_is_used_at_once_for_every_failed_first_download(
 
 def test_bundled_model_is_used_where_the_models_cannot_be_written(both, tmp_path, call):
     (tmp_path / "file").touch()
-    done = call(gpt2, "Once upon a time", "--n_tokens", 3, "--models_dir", tmp_path / "file")
+    done = call(gpt2, "Once upon a time", "--n_tokens", 3, "--models_dir", tmp_path / "file/in")
     assert done.returncode == 0, done.stderr
     assert "using the bundled model" in done.stderr
 
