@@ -133,7 +133,7 @@ def make_report(record):
     return "\n".join(lines) + "\n\n" + make_table(record)
 
 
-MACHINE = ("CPU", "cores", "memory", "BLAS kernels", "NumPy", "BLAS", "torch", "transformers",
+MACHINE = ("CPU", "cores", "memory", "AVX-512", "BLAS kernels", "NumPy", "BLAS", "torch", "transformers",
            "ctranslate2", "load before", "repeats", "minutes")  # fmt: skip
 
 

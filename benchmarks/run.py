@@ -112,7 +112,7 @@ class Bench:
         self.args, self.folder, self.threads = args, folder, threads
         interpreters = [str(args.peer_python)] if args.peer_python else []
         self.pythons, self.versions = find_peers([*interpreters, sys.executable])
-        self.env = make_env(folder, threads if args.threads else None)
+        self.env = make_env(folder, threads if args.threads else None, args.avx2)
 
     def start(self, who, job):
         """Return the command that makes a party do a job."""
@@ -160,9 +160,22 @@ class Bench:
         return facts | absent | self.versions
 
 
-def make_env(folder, threads):
-    """Return the environment of everyone: no network, no others' caches, and threads if told."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+AVX2 = {  # what OpenBLAS, NumPy, PyTorch, MKL, oneDNN and CTranslate2 read
+    "OPENBLAS_CORETYPE": "Haswell",
+    "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR AVX512_SKX AVX512F",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "CT2_FORCE_CPU_ISA": "AVX2",
+}
+
+
+def make_env(folder, threads, avx2=False):
+    """Return the environment of everyone: no network, no others' caches, and threads if told.
+
+    With `avx2`, everyone does without AVX-512, except tokenizers, which have little use for it.
+    """
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | (AVX2 if avx2 else {})
     env["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     if threads:
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -195,7 +208,8 @@ def new_record(bench, chosen):
     """Return the record of a run in which nothing has been measured yet."""
     args = bench.args
     settings = {"threads": bench.threads, "repeats": args.repeats, "sizes": args.sizes}
-    settings["seconds a repeat, at least"] = args.seconds
+    settings |= {"seconds a repeat, at least": args.seconds}
+    settings |= {"AVX-512": "switched off"} if args.avx2 else {}
     record = {"machine": bench.describe(), "settings": settings, "taken": bench.prepare(chosen)}
     record["labels"] = {name: party.label for name, party in PARTIES.items()}
     record["items"] = []
@@ -295,6 +309,8 @@ def parse_args(argv=None):
     add("--quick", action="store_true", help="a coarse look: one short turn, half of the items, "
         "no slow peers")  # fmt: skip
     add("--threads", type=int, help="cores that everyone may use; without it, all")
+    add("--avx2", action="store_true", help="let everyone do without AVX-512, as on a CPU that "
+        "lacks it")  # fmt: skip
     add("--peer_python", type=Path, help="an interpreter that has peers which this one lacks")
     add("--json", type=Path, help="file for all that was measured")
     add("--plot", type=Path, help="file for a bar chart (PNG)")
