@@ -133,8 +133,8 @@ def make_report(record):
     return "\n".join(lines) + "\n\n" + make_table(record)
 
 
-MACHINE = ("CPU", "cores", "memory", "AVX-512", "BLAS kernels", "NumPy", "BLAS", "torch", "transformers",
-           "ctranslate2", "load before", "repeats", "minutes")  # fmt: skip
+MACHINE = ("CPU", "cores", "memory", "AVX-512", "BLAS kernels", "NumPy", "BLAS", "torch",
+           "transformers", "ctranslate2", "load before", "repeats", "minutes")  # fmt: skip
 
 
 def compare_machines(records):

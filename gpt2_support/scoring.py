@@ -87,7 +87,7 @@ def score(gpt2: Any, params: Params, requests: Sequence[Request]) -> list[list[S
 def check_request(params: Params, request: Request) -> Request:
     """Return a request whose ids, in lists or arrays, are lists; raise ValueError as `score`."""
     context, endings = map(to_lists, request)
-    for ids in (context, *endings):
+    for ids in (context, *(endings or [[]])):
         if not ids:
             nothing = "an empty context or ending cannot be scored"
             raise ValueError(f"{nothing}: there is nothing to predict")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import sys
 import time
@@ -24,6 +25,7 @@ import run as suite
 import time_to_loss
 import train
 import worker
+from gpt2_support import blas
 from gpt2_support.formats import llmc, token_table
 from gpt2_support.params import Config, Params
 
@@ -368,9 +370,11 @@ def test_made_up_names_serve_without_reference_data(tmp_path):
 def test_command_writes_json_that_gives_the_same_table(run, tmp_path):
     flags = ("--sizes", "tiny", "--seconds", 0, "--repeats", 1, "--items", "prefill_32")
     path = tmp_path / "result.json"
-    first = run("benchmarks/run.py", *flags, "--threads", 1, "--json", path)
+    first = run("benchmarks/run.py", *flags, "--threads", 1, "--avx2", "--json", path)
     assert first.returncode == 0, first.stderr
-    assert "| threads | 1 |" in first.stdout
+    assert "| threads | 1 |" in first.stdout and "| AVX-512 | switched off |" in first.stdout
+    if platform.machine() == "x86_64" and blas.kernels() != "unknown":
+        assert "| BLAS kernels | Haswell |" in first.stdout
     assert re.search(r"\| d \| prefill of 32 in `generate` \| ours \| [\d.]+ s \|", first.stdout)
     again = run("benchmarks/run.py", "--from_json", path)
     assert again.stdout == first.stdout

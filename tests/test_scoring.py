@@ -101,6 +101,7 @@ def test_batches_have_at_most_the_positions_of_the_model(n_endings):
     [
         ([], [[1]], "an empty context or ending"),
         ([1], [[1], []], "an empty context or ending"),
+        ([1], [], "an empty context or ending"),
         ([1], [[1] * 25, [2]], "an ending of 25 tokens exceeds n_ctx = 24"),
         ([-3], [[1]], "token id -3 is outside the vocabulary of 61"),
         ([1], [[2], [-1]], "token id -1 is outside the vocabulary of 61"),
