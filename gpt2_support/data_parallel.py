@@ -83,7 +83,7 @@ class DataParallel:
             return losses
 
         with blas_threads(params.config, n_threads):
-            losses = self._in_threads(add_gradients, n_threads)
+            losses = self._parallel_map(add_gradients, n_threads)
         self.group.all_reduce(self.grads.flat)
         return math.fsum(self.group.all_gather(float(np.sum(losses)))), self.grads
 
@@ -100,9 +100,9 @@ class DataParallel:
 
     def parallel(self, work: Work) -> list:
         """Return [work(0, n), work(1, n), ...]: elementwise work, shared among n threads."""
-        return self._in_threads(work, self.n_elementwise)
+        return self._parallel_map(work, self.n_elementwise)
 
-    def _in_threads(self, work: Work, n: int) -> list:
+    def _parallel_map(self, work: Work, n: int) -> list:
         if n == 1:
             return serial(work)
         return list(self.pool.map(work, range(n), [n] * n))

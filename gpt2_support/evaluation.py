@@ -56,13 +56,13 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers, as nats a token are not."""
+        """Comparable between tokenizers, as nats per token are not."""
         return self.nats / math.log(2) / max(1, self.n_bytes)
 
     def __str__(self) -> str:
         return (
-            f"{self.loss:.4f} nats a token, perplexity {self.perplexity:.2f}, "
-            f"{self.bits_per_byte:.4f} bits a byte"
+            f"{self.loss:.4f} nats per token, perplexity {self.perplexity:.2f}, "
+            f"{self.bits_per_byte:.4f} bits per byte"
         )
 
 
@@ -154,7 +154,7 @@ def sum_losses(
         return both, int(np.count_nonzero(batch[1] != IGNORE_INDEX))
 
     numbers = range(group.rank, len(windows), group.size)
-    here = in_threads(sums, numbers, len(windows.tokens) - 1, "tok", group.size)
+    here = parallel_map(sums, numbers, len(windows.tokens) - 1, "tok", group.size)
     nats, squares = zip(*itertools.chain(*group.all_gather(here)), strict=True)
     return math.fsum(nats), math.fsum(squares)  # exact, so in any order
 
@@ -167,10 +167,12 @@ def token_losses(losses: Losses, windows: Windows) -> Float[ndarray, " N"]:
         x = losses(batch)[batch[1] != IGNORE_INDEX]
         return x, len(x)
 
-    return np.concatenate(in_threads(of_batch, range(len(windows)), len(windows.tokens) - 1, "tok"))
+    return np.concatenate(
+        parallel_map(of_batch, range(len(windows)), len(windows.tokens) - 1, "tok")
+    )
 
 
-def in_threads(
+def parallel_map(
     work: Callable[[int], tuple[T, int]], numbers: range, total: int, unit: str, n_ranks: int = 1
 ) -> list[T]:
     """Return the results of work(i) for all numbers i; each comes with what it adds to the bar.

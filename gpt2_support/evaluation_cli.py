@@ -38,7 +38,7 @@ def make_parser() -> cli.ArgumentParser:
         prog="evaluate.py",
         usage="%(prog)s [TEXT] [flags]",
         description="Measure how well a model predicts: each token of a short TEXT; or --data, a "
-        "text of any size (perplexity, bits a byte), LAMBADA (the last word of a passage) or "
+        "text of any size (perplexity, bits per byte), LAMBADA (the last word of a passage) or "
         "HellaSwag (the right one of four endings). Figures go to standard output.",
         examples=[
             'python evaluate.py "Once upon a time" --model stories',

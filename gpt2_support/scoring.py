@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gpt2_support.checks import check_ids, to_lists
-from gpt2_support.evaluation import check_finite, in_threads
+from gpt2_support.evaluation import check_finite, parallel_map
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -79,7 +79,7 @@ def score(gpt2: Any, params: Params, requests: Sequence[Request]) -> list[list[S
             scores[place] = ending
         return None, len(places)
 
-    in_threads(work, range(len(batches)), n_scores, "ending")
+    parallel_map(work, range(len(batches)), n_scores, "ending")
     in_order = iter(scores)
     return [[next(in_order) for _ in request.endings] for request in requests]
 

@@ -105,12 +105,12 @@ def check_item(item: Any, task: str) -> None:
     """Raise ValueError unless an item has the fields of its task, of the right types."""
     if not isinstance(item, dict):
         raise ValueError(f"found {preview(item)}, expected an item of {task}")
-    for name, kind in FIELDS[task].items():
+    for name, expected_type in FIELDS[task].items():
         value = item.get(name)
         if name == "label" and isinstance(value, str) and value.isdecimal():
             value = item[name] = int(value)
-        if not isinstance(value, kind):
-            expected = {str: "a text", list: "a list", int: "a number"}[kind]
+        if not isinstance(value, expected_type):
+            expected = {str: "a text", list: "a list", int: "a number"}[expected_type]
             raise ValueError(f"{name} is {preview(value)}, expected {expected}")
     if task == "lambada":
         return

@@ -305,7 +305,7 @@ def test_eval_only_on_two_ranks_prints_what_one_process_prints(mpi, call, fish, 
     flags = ("--eval_only", "--init", text.parent / "fish", "--data", text)
     one, two = call(train, *flags), mpi(2, "train.py", *flags)
     assert two.returncode == 0, two.stderr
-    assert "nats a token" in two.stdout
+    assert "nats per token" in two.stdout
     assert two.stdout == one.stdout
 
 

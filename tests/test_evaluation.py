@@ -66,7 +66,7 @@ def test_evaluate_is_in_nats_a_token_and_bits_a_byte():
     assert result.loss == pytest.approx(math.log(260), rel=1e-6)
     bits = result.n_tokens * math.log2(260) / result.n_bytes
     assert result.bits_per_byte == pytest.approx(bits, rel=1e-6)
-    assert f"perplexity 260.00, {bits:.4f} bits a byte" in str(result)
+    assert f"perplexity 260.00, {bits:.4f} bits per byte" in str(result)
 
 
 def test_evaluate_without_end_of_text_counts_all_bytes():

@@ -619,7 +619,7 @@ def test_command_eval_only_prints_how_well_a_model_predicts(trained, call, text)
     result = train.evaluate(params, tokens, datasets.token_lengths(enc), 8, 3)
     assert str(result) in done.stdout
     assert f"{len(tokens) - 1} tokens ({len(TEXT)} bytes), in windows of 8, stride 3" in done.stdout
-    assert re.search(r"[\d.]+ nats a token, perplexity [\d.]+, [\d.]+ bits a byte", done.stdout)
+    assert re.search(r"[\d.]+ nats per token, perplexity [\d.]+, [\d.]+ bits per byte", done.stdout)
     assert saved(trained) == before
 
 
