@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gpt2_support import cli, corpus, datasets, folders
 from gpt2_support.formats.token_table import EOT_TEXT, FILE_NAMES
 from gpt2_support.messages import info, preview, write
-from gpt2_support.prompts import standard_input
+from gpt2_support.prompts import standard_input, without_line_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -159,7 +159,8 @@ def add_show_command(commands: argparse._SubParsersAction) -> None:
         "stands for.",
         examples=['python encoder.py show "Hello, world!"'],
     )
-    parser.add_argument("text", metavar="TEXT", nargs="+", help='the text; "-": standard input')
+    text_help = 'the text; "-": standard input, without its last line end'
+    parser.add_argument("text", metavar="TEXT", nargs="+", help=text_help)
     parser.add_argument("--tokenizer", type=str, default="124M", help=TOKENIZER_HELP)
 
 
@@ -199,7 +200,8 @@ def table(enc: Encoder, text: str) -> str:
 def show_or_decode(enc: Encoder, args: argparse.Namespace) -> None:
     """Do what the commands `show` and `decode` say."""
     if args.command == "show":
-        text = standard_input().read() if args.text == ["-"] else " ".join(args.text)
+        is_input = args.text == ["-"]
+        text = without_line_end(standard_input().read()) if is_input else " ".join(args.text)
         write(table(enc, cli.text(text)))
     else:
         write(enc.decode(token_ids(args)))

@@ -561,7 +561,7 @@ def test_commands_refuse_an_output_that_is_no_file(call, tmp_path):
 def test_command_shows_the_tokens_of_a_text_and_decode_is_the_way_back(call, enc, tmp_path):
     enc.save(tmp_path / "tokenizer.bin")
     text = "the times 日\n"
-    for args, stdin in (([text], ""), (["-"], text), (["the times", "日\n"], "")):
+    for args, stdin in (([text], ""), (["-"], text + "\n"), (["the times", "日\n"], "")):
         done = call(encoder, "show", *args, "--tokenizer", tmp_path, stdin=stdin)
         assert (done.returncode, done.stderr) == (0, "")
         ids = [int(line.split()[0]) for line in done.stdout.splitlines()]
