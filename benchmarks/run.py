@@ -108,11 +108,11 @@ def run_json(argv, env=None):
 class Bench:
     """A run of the suite: who takes part, where the material is, and how it is measured."""
 
-    def __init__(self, args, folder, threads):
+    def __init__(self, args, folder, threads, avx2=False):
         self.args, self.folder, self.threads = args, folder, threads
         interpreters = [str(args.peer_python)] if args.peer_python else []
         self.pythons, self.versions = find_peers([*interpreters, sys.executable])
-        self.env = make_env(folder, threads if args.threads else None, args.avx2)
+        self.env = make_env(folder, threads if args.threads else None, avx2)
 
     def start(self, who, job):
         """Return the command that makes a party do a job."""
@@ -363,7 +363,7 @@ def run(args):
     """Measure, in a folder that is gone afterwards; return the record, of what there is by then."""
     threads = limit_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="gpt2-bench-") as folder:
-        bench = Bench(args, Path(folder), threads)
+        bench = Bench(args, Path(folder), threads, args.avx2)
         note("preparing ...")
         start = time.monotonic()
         record = new_record(bench, args.chosen)
