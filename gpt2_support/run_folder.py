@@ -122,7 +122,7 @@ class RunFolder:
     def __exit__(self, *error: object) -> None:
         if self.current != self.path:
             shutil.rmtree(self.current, ignore_errors=True)
-        elif self.is_new and not has_model(self.path):  # it came to no checkpoint
+        elif self.is_new and self.save_tokenizer and not has_model(self.path):  # no checkpoint
             for file in self.tokenizers():
                 file.unlink(missing_ok=True)
 

@@ -20,7 +20,7 @@ def test_second_ctrl_c_does_not_wait_for_the_step(monkeypatch, capsys):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-    assert capsys.readouterr().err.count("stopping after this step") == 1
+    assert capsys.readouterr().err.count("stopping after this step (again: at once, unsaved)") == 1
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")

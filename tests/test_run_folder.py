@@ -105,6 +105,14 @@ def test_new_run_keeps_the_tokenizer_that_is_there(no_picture, call, fish, out, 
     assert read_files(out)["tokenizer.bin"] == before["tokenizer.bin"]
 
 
+def test_rank_that_writes_nothing_removes_no_tokenizer(tmp_path):
+    tokenizer = tmp_path / "tokenizer.bin"
+    tokenizer.write_bytes(b"there before the run")
+    with run_folder.RunFolder(tmp_path, None, is_new=True):
+        pass  # it came to no checkpoint
+    assert tokenizer.exists()
+
+
 def test_new_run_leaves_a_model_of_hugging_face_alone(no_picture, call, fish, trained, tmp_path):
     theirs = tmp_path / "theirs"
     weights.convert(trained, theirs, "hf")
