@@ -41,7 +41,7 @@ from gpt2_support.interrupts import deferred_interrupts, forgiving_output, never
 from gpt2_support.messages import write
 from gpt2_support.optimizers import OPTIMIZERS, AdamW, make_optimizer
 from gpt2_support.params import Config, Params
-from gpt2_support.run_folder import Diverged, RunFolder, saved_on_error
+from gpt2_support.run_folder import Diverged, RunFolder, check_finite, saved_on_error
 from gpt2_support.runlog import RunLog
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
@@ -335,6 +335,7 @@ def train(
         return state.step % every == 0 or state.step == config.steps
 
     def save() -> None:
+        check_finite(state.params.flat, state.step)
         save_checkpoint(run.current, state, group)
         log.settle(run.settle())
 
@@ -353,7 +354,9 @@ def train(
 
             scores: list[float] = []
             if is_due(config.eval_every):
+                check_finite(state.params.flat, state.step)
                 evaluation = evaluate(state.params, val, lengths, config.seq_len, group=group)
+                check_finite(evaluation.loss, state.step)
                 log.write(f"step {state.step}: validation loss {evaluation}")
                 scores = [evaluation.loss, evaluation.bits_per_byte]
                 if evaluation.loss <= state.best_loss:  # equal: this step is taken again
@@ -425,8 +428,12 @@ def make_state(args: Namespace, enc: Encoder, data: dict[str, str]) -> TrainStat
     if args.resume:
         state = args.state
         train_cli.check_same_run(args, shape, data)
-        state.config, state.data = make_config(args, shape), data
-        state.best_loss = min(state.best_loss, checkpoint.best_loss(args.out))
+        state.config = make_config(args, shape)
+        if state.data and state.data["val_data"] != data["val_data"]:  # losses of other data
+            state.best_loss, state.best_step = math.inf, state.step
+        else:
+            state.best_loss = min(state.best_loss, checkpoint.best_loss(args.out))
+        state.data = data
         return state
     if args.init == "scratch":
         params = init_params(shape, args.seed)

@@ -77,6 +77,8 @@ def load_state(folder: str | Path) -> Iterator[tuple[dict, dict[str, ndarray]]]:
         check_arrays(arrays)
         check_progress(meta)
         yield meta, arrays
+    except PermissionError:
+        raise
     except Exception as error:  # of damaged files, zipfile and NumPy raise a dozen types
         reason = preview(str(error) or type(error).__name__)
         raise ValueError(f"{path}: not a whole checkpoint of train.py: {reason}") from None

@@ -177,7 +177,8 @@ def one_line(text: str) -> str:
 
 
 # What stands for a flag's value in --help, by its type.
-METAVARS = {"int": "N", "vocabulary_size": "N", "float": "X", "str": "NAME", "Path": "PATH"}
+METAVARS = {"int": "N", "vocabulary_size": "N", "float": "X", "str": "NAME"}
+METAVARS |= {"Path": "PATH", "folder": "PATH"}
 VERSION_HELP = "show the version of the program and exit"
 
 
@@ -210,7 +211,13 @@ up_to_a_million = checked(float, lambda x: 0 < x <= 1e6, "a number over 0 and at
 below_1 = checked(float, lambda x: 0 <= x < 1, "a number of 0 or more and below 1")
 fraction = checked(float, lambda x: 0 < x <= 1, "a number over 0 and at most 1")
 
-folder = checked(Path, lambda path: path.is_dir() or not path.exists(), "a folder")
+
+def folder(text: str) -> Path:
+    """Return the path of a folder, or of one that can be made, for argparse's `type=`."""
+    path = Path(text)
+    if not text or (os.path.lexists(path) and not path.is_dir()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
+    return path
 
 
 def text(argument: str) -> str:

@@ -141,7 +141,7 @@ def encode(enc: datasets.Encoder, texts: list[Path], args: argparse.Namespace) -
 
     def remove_other() -> None:
         if datasets.is_other(tokenizer, enc):
-            Path(os.path.realpath(tokenizer)).unlink()
+            tokenizer.unlink()
 
     counts = corpus.encode_files(
         enc, texts, args.out, args.docs, args.n_procs, before_rename=remove_other
@@ -182,7 +182,10 @@ def token_ids(args: argparse.Namespace) -> list[int]:
     text = standard_input().read() if args.ids == ["-"] else " ".join(args.ids)
     if not re.fullmatch(r"[\d\s,\[\]]*", text):
         args.error(f"{preview(text)} is not a list of token ids")
-    return [int(id) for id in re.findall(r"\d+", text)]
+    ids = re.findall(r"\d+", text)
+    if max(map(len, ids), default=0) > 9:
+        args.error(f"{preview(max(ids, key=len))} is no token id")
+    return list(map(int, ids))
 
 
 def table(enc: Encoder, text: str) -> str:

@@ -182,12 +182,16 @@ def parallel_map(
     """
     from tqdm import tqdm
 
+    def quietly(i: int) -> tuple[T, int]:
+        with np.errstate(all="ignore"):  # callers tell of NaN
+            return work(i)
+
     bar = tqdm(total=total, desc="evaluate", unit=unit, leave=False, delay=2, file=BarStream())
     results = []
     n_threads = max(1, min(blas.get_threads(), len(numbers)))
     with bar, blas.one_thread(), ThreadPoolExecutor(n_threads) as pool:
         try:
-            for result, n_done in pool.map(work, numbers):
+            for result, n_done in pool.map(quietly, numbers):
                 results.append(result)
                 bar.update(min(n_done * n_ranks, total - bar.n))
         finally:

@@ -204,6 +204,8 @@ def score_text(
     The first is predicted from end-of-text or, if the tokenizer has none, not at all.
     """
     text = without_line_end(standard_input().read()) if args.text == "-" else args.text
+    if not text:
+        raise cli.BadArgument("standard input is empty")
     tokens = np.array([] if enc.eot is None else [enc.eot], np.int64)
     tokens = np.append(tokens, np.array(enc.encode(cli.text(text)), np.int64))
     n_ctx = params.config.n_ctx

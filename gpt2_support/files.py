@@ -36,10 +36,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     bytes are on the disk before the rename. An error leaves the old file as it was. Of several that
     write one path at once, each writes a file of its own, and the last rename stays. The temporary
     file of a process that was killed is removed when the same path is written again. A symbolic
-    link stays, and what it leads to is written. A file that is replaced keeps its permissions.
+    link is replaced, not what it leads to. A file that is replaced keeps its permissions.
     """
     path = Path(path)
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     file = open_temporary(path)

@@ -83,7 +83,7 @@ def candidates(enc: Encoder, logits: Float[ndarray, "*T V"], n: int = 10) -> Htm
     rows = np.atleast_2d(np.asarray(logits, np.float64))
     probs = np.exp(rows - rows.max(-1, keepdims=True))
     probs /= probs.sum(-1, keepdims=True)
-    order = np.argsort(-probs, axis=-1, kind="stable")[:, :n]
+    order = np.argsort(-probs[:, : len(enc.tokens)], axis=-1, kind="stable")[:, :n]
     lines, code = [], []
     for ids, row in zip(order.tolist(), probs, strict=True):
         cells = [(token_text(enc, id), float(row[id])) for id in ids]

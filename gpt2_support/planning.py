@@ -233,7 +233,7 @@ def plan_model(
     choose(args, args, dropout=DROPOUT if overfits else 0.0)
     info(
         f"--minutes {args.minutes:g}: {model.n_layer} layers of {model.n_embd} channels, {reason}; "
-        f"dropout {args.dropout:g} for about {n_passes:.1f} passes over the text"
+        f"dropout {args.dropout:g} for about {max(0, n_passes):.1f} passes over the text"
     )
 
 

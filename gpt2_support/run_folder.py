@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gpt2_support.files import hold_lock, make_folders, size_of
 from gpt2_support.formats.token_table import load_tokenizer
 from gpt2_support.interrupts import never_fatal
@@ -21,6 +23,8 @@ from gpt2_support.messages import info
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from numpy import ndarray
 
     from gpt2_support.distributed import ProcessGroup
 
@@ -169,6 +173,15 @@ def move_ready_files(folder: Path) -> None:
 
 class Diverged(ValueError):
     """The loss or the gradient is not finite: a checkpoint of this state would be of no use."""
+
+
+def check_finite(values: ndarray | float, step: int) -> None:
+    """Raise Diverged unless what the update of a step has led to is finite."""
+    if not np.isfinite(values).all():
+        raise Diverged(
+            f"training has diverged: after step {step} the parameters or the validation loss are "
+            "not finite. Checkpoints are as they were; try a lower --lr"
+        )
 
 
 @contextlib.contextmanager

@@ -240,7 +240,8 @@ def check_args(parser: cli.ArgumentParser, args: Namespace, given: set[str]) -> 
         parser.error("--data is needed: a text file or a tokens .bin")
     if args.eval_only and args.init == "scratch":
         parser.error("--eval_only needs --init, the model to evaluate")
-    if not args.minutes and args.n_embd % args.n_head:
+    is_chosen = args.minutes and not {"n_embd", "n_head"} <= given
+    if not is_chosen and args.n_embd % args.n_head:
         parser.error(f"--n_head {args.n_head} does not divide --n_embd {args.n_embd}")
     for name, reason in ignored_flags(args, given):
         parser.error(f"argument --{name}: it would do nothing, since {reason}")
@@ -401,8 +402,10 @@ def say_done(state: Any, args: Namespace) -> None:
             f"at step {state.step} of {config.steps}; the result is {best}"
         )
     result = best if state.is_stale else args.out
-    sampling = ("--model", result, "--n_tokens", 100, "--temperature", 0.8)
-    command = cli.command("gpt2.py", args.prompt, *sampling)
+    words = [args.prompt, "--model", result, "--n_tokens", 100, "--temperature", 0.8]
+    if args.prompt.startswith("-"):
+        words = [*words[1:], "--", args.prompt]
+    command = cli.command("gpt2.py", *words)
     lowest = f"; the lowest validation loss was {state.best_loss:.4f}, by {best}"
     lowest = lowest if math.isfinite(state.best_loss) else ""
     info(f"{result / 'model.bin'}: done{lowest}. To sample: {command}")

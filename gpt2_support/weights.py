@@ -69,7 +69,8 @@ def convert(
         raise ValueError(f"dtype {dtype!r}: expected fp32, or bf16 for a model.bin")
     folder = source.parent if source.is_file() else source
     check_target(folder, target, overwrite)
-    with run_folder.lock(target) if find_run(target) else contextlib.nullcontext():
+    with run_folder.lock(target) if target.is_dir() else contextlib.nullcontext():
+        check_target(folder, target, overwrite)  # again: a run may have ended there
         with open_model(source) as (config, get, description):
             info(f"{source}: {description}, {config}")
             tokenizer = open_tokenizer(folder, config)
@@ -117,7 +118,7 @@ def open_model(source: Path) -> Iterator[tuple[Config, GetTensor, str]]:
 
 def find_reader(source: Path) -> tuple[OpenModel, Path, str]:
     """Return the function that opens a model, the path to give it, and what the model is."""
-    if source.suffix == ".safetensors":
+    if source.suffix == ".safetensors" and source.exists():
         return huggingface.open_model, source, "a Hugging Face model"
     if source.suffix in (".pt", ".pth", ".ckpt") or source.name == "pytorch_model.bin":
         nanogpt = ", or if it is nanoGPT's, with the program in docs/formats.md"

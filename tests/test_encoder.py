@@ -580,6 +580,7 @@ def test_command_shows_the_tokens_of_a_text_and_decode_is_the_way_back(call, enc
     [
         ("the", 2, "1 the is not a list of token ids"),
         ("400", 1, "400 is not in the vocabulary of 400"),
+        ("1" * 5000, 2, "... is no token id"),
     ],
 )
 def test_command_decode_refuses_what_is_no_id(call, enc, tmp_path, ids, status, message):

@@ -71,6 +71,11 @@ def test_text_from_standard_input_may_be_longer_than_the_context(call):
     assert len(rows) > 256 and all(0 < row["prob"] <= 1 for row in rows)
 
 
+def test_empty_standard_input_is_refused(call):
+    done = call(evaluate, "-", "--model", "stories", stdin="\n")
+    assert done.returncode == 2 and "standard input is empty" in last_line(done)
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_line_end_of_standard_input_is_not_scored(call, end):
     expected = figures_of(call, "Once upon\n", "--model", "stories")

@@ -51,6 +51,12 @@ def test_candidates_are_the_most_probable_tokens():
     assert repr(pictures.candidates(ENC, logits[0], 1)) == "' <b>' 60.0%"
 
 
+def test_candidates_are_tokens_of_the_tokenizer():
+    logits = np.zeros(len(ENC.tokens) + 2)
+    logits[-1], logits[1] = 2, 1  # a model may have more ids
+    assert repr(pictures.candidates(ENC, logits, 1)).startswith("' <b>' ")
+
+
 def drawn(figure):
     """The arrays of a figure's images, and its tick labels, after it has been drawn."""
     figure.canvas.draw()

@@ -122,6 +122,57 @@ def test_new_run_leaves_a_model_of_hugging_face_alone(no_picture, call, fish, tr
     assert read_files(theirs) == before
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("flags", [("--eval_every", 7), ("--eval_every", 100, "--save_every", 7)])
+def test_last_update_that_diverges_leaves_the_checkpoint(trained, call, flags):
+    before = read_files(trained)
+    done = call(train, "--resume", "--out", trained, "--steps", 7, "--lr", 1e35, *flags)
+    assert done.returncode == 1
+    assert "diverged: after step 7 the parameters" in done.stderr.splitlines()[-1]
+    assert "Warning" not in done.stderr
+    after = read_files(trained)
+    assert all(after[name] == before[name] for name in before if name != "log.csv")
+
+
+def test_losses_of_other_validation_data_count_anew(trained, call, text):
+    best = train.load_checkpoint(trained).best_loss
+    other = text.with_name("other.txt")
+    other.write_bytes(b"quite another text, which is harder: xyzzy QWERTY 0123456789\n" * 20)
+    flags = ("--data", other, "--other_data", "--steps", 8, "--lr", 0)
+    assert call(train, "--resume", "--out", trained, *flags).returncode == 0
+    state = train.load_checkpoint(trained)
+    assert best < state.best_loss < np.inf and state.best_step == 8
+
+
+def test_convert_refuses_the_folder_of_a_run_that_has_no_checkpoint_yet(trained, tmp_path):
+    weights.convert(trained, tmp_path / "target")
+    before = read_files(tmp_path / "target")
+    running = run_folder.hold(tmp_path / "target", ProcessGroup())
+    with running, pytest.raises(ValueError, match="another run is writing there"):
+        weights.convert(trained, tmp_path / "target")
+    assert read_files(tmp_path / "target") == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_convert_leaves_the_model_alone_that_a_link_leads_to(trained, tmp_path):
+    target, shared = tmp_path / "target", tmp_path / "shared"
+    shared.mkdir(), target.mkdir()
+    (shared / "tokenizer.bin").write_bytes(b"of another model")
+    (target / "tokenizer.bin").symlink_to(shared / "tokenizer.bin")
+    weights.convert(trained, target)
+    assert (shared / "tokenizer.bin").read_bytes() == b"of another model"
+    assert encoder.load(target).n_vocab == 260
+
+
+@pytest.mark.parametrize("path", ["", "dangling"])
+def test_path_that_is_no_folder_is_refused(call, fish, tmp_path, path):
+    link = tmp_path / "dangling"
+    link.symlink_to("nowhere")
+    done = call(train, *fish("--out", path and link))
+    assert done.returncode == 2 and "argument --out:" in done.stderr
+    assert os.path.lexists(link)
+
+
 @pytest.mark.parametrize("flag", ["--out", "--models_dir"])
 def test_file_in_place_of_a_folder_is_refused(call, fish, text, flag):
     done = call(train, *fish(flag, text))

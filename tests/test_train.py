@@ -497,6 +497,13 @@ def scripted_losses(monkeypatch, losses):
     monkeypatch.setattr(train, "evaluate", scripted)
 
 
+def test_last_line_samples_from_a_prompt_that_begins_with_a_dash(no_picture, call, fish):
+    done = call(train, *fish("--prompt=--the", "--steps", 1))
+    command = shlex.split(last_line(done.stderr).split("To sample: ")[1])
+    assert command[-2:] == ["--", "--the"]
+    assert call(gpt2, *command[2:]).returncode == 0
+
+
 def test_command_stops_early_when_validation_is_no_better(no_picture, call, fish, out, monkeypatch):
     scripted_losses(monkeypatch, iter([5.0, 4.0, 4.1, 4.2, 4.3]))
     arguments = ("--steps", 40, "--eval_every", 2, "--patience", 2, "--save_every", 1)
@@ -642,6 +649,10 @@ ERRORS = {
     "window": (["--seq_len", "9"], 2, "--seq_len 9 exceeds n_ctx = 8"),
     "epochs": (["--epochs", "1e308"], 2, "argument --epochs: '1e308' is not a number over 0 and"),
     "one token": (["--eval_tokens", "1"], 2, "argument --eval_tokens: '1' is not a whole number"),
+    "heads of a plan": (
+        *(["--minutes", "1", "--n_head", "3"], 2),
+        "--n_head 3 does not divide --n_embd 8",
+    ),
     "few tokens": (["--n_vocab", "100"], 2, "argument --n_vocab: 100 is below 257"),
     "steps": (["--steps", "0"], 2, "argument --steps: '0' is not a whole number of 1 or more"),
     "lr": (["--lr", "nan"], 2, "argument --lr"),

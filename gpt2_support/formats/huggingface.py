@@ -175,6 +175,8 @@ def read_safetensors(file: BinaryIO) -> dict[str, StoredTensor]:
     """
     path, n_bytes = file.name, os.fstat(file.fileno()).st_size
     n_header = int.from_bytes(file.read(8), "little")
+    if n_bytes < 8:
+        raise DamagedFile(path, f"{n_bytes} bytes are too few for a header")
     if n_header > n_bytes - 8:
         raise DamagedFile(path, f"a header of {n_header} bytes in a file of {n_bytes}")
     header = parse_json(path, file.read(n_header))
