@@ -238,16 +238,15 @@ def encode_files(
     docs: str = "eot",
     n_procs: int = 1,
     chunk_size: int = CHUNK,
-    check: Callable[[], object] = lambda: None,
     before_rename: Callable[[], object] = lambda: None,
 ) -> tuple[int, int, int]:
     """Encode text files to a tokens .bin file; return the numbers of tokens, documents and bytes.
 
     The id of <|endoftext|> stands before each document, as in llm.c's data. `docs` is as in
-    `read_documents`. Large files are shared among up to `n_procs` processes. `check` is called at
-    the end and may raise an error: then nothing is written. `before_rename` is called just before
-    `out` is replaced. Raises ValueError if `enc` has no end-of-text token, if its ids do not fit
-    the file, or if there is no text, and OSError if a file cannot be read.
+    `read_documents`. Large files are shared among up to `n_procs` processes. `before_rename` is
+    called just before `out` is replaced; an error there leaves it as it was. Raises ValueError if
+    `enc` has no end-of-text token, if its ids do not fit the file, or if there is no text, and
+    OSError if a file cannot be read.
     """
     from tqdm import tqdm
 
@@ -264,7 +263,6 @@ def encode_files(
             yield batch
         if n_docs == 0:
             raise ValueError(f"no text in {', '.join(map(str, paths))}: nothing to encode")
-        check()
 
     with tqdm(total=n_bytes, desc="encode", unit="B", unit_scale=True, file=BarStream()) as bar:
         batches = count_documents(read_documents(paths, docs, chunk_size, bar.update))

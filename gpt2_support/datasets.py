@@ -9,6 +9,7 @@ at any time.
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
 import os
 import re
@@ -236,9 +237,8 @@ def encode_text(text: Path, enc: Encoder, docs: str) -> Path:
         make_folder(path.parent)
         info(f"{path}: encoding {text}")
         n_procs = os.cpu_count() or 1
-        corpus.encode_files(
-            enc, [text], path, docs, n_procs, check=lambda: check_unchanged(text, digest)
-        )
+        check = functools.partial(check_unchanged, text, digest)
+        corpus.encode_files(enc, [text], path, docs, n_procs, before_rename=check)
     return path
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from gpt2_support.checks import to_array
 from gpt2_support.files import atomic_write, open_file, sync
 from gpt2_support.formats.stored_tensor import (
     GetTensor,
@@ -246,10 +247,7 @@ def save_tokens(
 def check_ids(chunk: Sequence[int] | ndarray, n_vocab: int) -> Integer[ndarray, " N"]:
     """Return ids as an array; raise ValueError for what is none, or outside the vocabulary."""
     expected = "ids must be whole numbers of shape (N,)"
-    try:
-        ids = np.asarray(chunk)
-    except ValueError:
-        raise ValueError(f"{expected}, found rows of different lengths") from None
+    ids = to_array(chunk, expected)
     ids = ids if ids.size else ids.astype(int)  # an empty list has no integers
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(f"{expected}, found shape {ids.shape}, dtype {ids.dtype}")
