@@ -103,7 +103,7 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     dropout: float = 0.0  # probability, of embeddings, attention weights and branches
-    grad_clip: float = 1.0  # the largest norm of the gradient; 0 is any
+    grad_clip: float = 1.0  # the largest norm of the gradient; 0: no limit
     seed: int = 0
     ranks: int = 1  # processes that share a batch; must divide batch_size
     threads: int = 1  # of a rank, that share its rows of a batch; must divide their number

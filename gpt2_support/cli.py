@@ -232,13 +232,13 @@ def text(argument: str) -> str:
 
 
 class BadArgument(ValueError):
-    """An argument that does not fit what the program has read meanwhile, a model for example."""
+    """A bad argument that only shows after parsing, when a model has been read for example."""
 
 
 def run(main: Callable[[], object]) -> None:
     """Call a program's `main` and exit: 0, or 1 with the error on one line, 130 after Ctrl-C.
 
-    After BadArgument, 2 as after an error of the parser.
+    After BadArgument it is 2, as after an error of the parser.
 
     The entry points of the installed commands call it, as does `python gpt2.py`.
     """

@@ -286,7 +286,7 @@ def check_tokenizer(tokens: Path, enc: Encoder) -> None:
 
 
 def is_other(tokenizer: Path, enc: Encoder) -> bool:
-    """Tell whether there is a tokenizer .bin, of other tokens than those of `enc`."""
+    """Return whether a tokenizer .bin is there that has other tokens than `enc`."""
     return tokenizer.is_file() and tokenizer.read_bytes()[llmc.HEADER_BYTES :] != table_of(enc)
 
 
@@ -304,7 +304,7 @@ def load_tokens(path: Path) -> tuple[Integer[ndarray, " N"], int]:
 def refuse_text(path: Path) -> None:
     """Raise ValueError for a file of ids that begins with text in UTF-8, as ids hardly ever do.
 
-    Most texts, read as uint16, are ids of GPT-2's vocabulary.
+    Read as uint16, most texts would pass for ids of GPT-2's vocabulary.
     """
     with open(path, "rb") as file:
         start = file.read(4096)

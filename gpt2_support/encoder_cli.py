@@ -134,8 +134,8 @@ def add_encode_command(commands: argparse._SubParsersAction) -> cli.ArgumentPars
 def encode(enc: datasets.Encoder, texts: list[Path], args: argparse.Namespace) -> Counts:
     """Write the tokens of texts and, beside them, their tokenizer; see `corpus.encode_files`.
 
-    Another tokenizer there is removed before the tokens are replaced: a process that is killed in
-    between leaves tokens without a tokenizer, which train.py tells, not those of another.
+    Another tokenizer there is removed before the tokens are replaced. So if the process is killed
+    in between, the tokens have no tokenizer, which train.py reports, instead of a wrong one.
     """
     tokenizer = corpus.tokenizer_path(args.out)
 

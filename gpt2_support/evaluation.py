@@ -216,6 +216,6 @@ def standard_error(n: int, total: float, squares: float) -> float:
 
 
 def check_finite(nats: Float[ndarray, " N"] | float) -> None:
-    """Raise ValueError for losses that tell of no prediction: NaN or infinite."""
+    """Raise ValueError if losses are NaN or infinite."""
     if not np.isfinite(nats).all():
         raise ValueError("the logits are not finite: the model is damaged or has diverged")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from gpt2_support.distributed import ProcessGroup
 
-MODELS = (  # what a new run does not replace, or stand in front of, unasked
+MODELS = (  # what a new run neither replaces nor hides unless asked
     *("model.bin", "state.npz", "best/model.bin"),
     *("model.safetensors", "model.safetensors.index.json", "hparams.json"),
 )
@@ -78,7 +78,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def has_model(folder: Path) -> bool:
-    """Tell whether a folder has a model, a run's or another; a log alone is none."""
+    """Return whether a folder has a model, of a run or not; a log alone does not count."""
     return any((folder / name).exists() for name in MODELS)
 
 
@@ -176,7 +176,7 @@ class Diverged(ValueError):
 
 
 def check_finite(values: ndarray | float, step: int) -> None:
-    """Raise Diverged unless what the update of a step has led to is finite."""
+    """Raise Diverged if the update of a step has made values infinite or NaN."""
     if not np.isfinite(values).all():
         raise Diverged(
             f"training has diverged: after step {step} the parameters or the validation loss are "

@@ -178,7 +178,7 @@ def compare(
 ) -> tuple[Float[ndarray, " N"], Bool[ndarray, " N"]]:
     """Return -log P(target) (N,) and whether it is the likeliest id, from the output of ln_f.
 
-    Raises ValueError if they are not finite: of NaN, the first is the likeliest to NumPy.
+    Raises ValueError if they are not finite: argmax takes NaN for the largest value.
     """
     nats, is_best = np.empty(len(x), x.dtype), np.empty(len(x), bool)
     for start in range(0, len(x), gpt2.LM_HEAD_ROWS):

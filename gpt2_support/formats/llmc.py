@@ -245,7 +245,7 @@ def save_tokens(
 
 
 def check_ids(chunk: Sequence[int] | ndarray, n_vocab: int) -> Integer[ndarray, " N"]:
-    """Return ids as an array; raise ValueError for what is none, or outside the vocabulary."""
+    """Return ids as an array; raise ValueError for others than whole numbers of the vocabulary."""
     expected = "ids must be whole numbers of shape (N,)"
     ids = to_array(chunk, expected)
     ids = ids if ids.size else ids.astype(int)  # an empty list has no integers
