@@ -1,6 +1,7 @@
 """The peer that is made for inference: CTranslate2, float32, its model converted from ours."""
 
 import json
+import time
 
 import ctranslate2
 import numpy as np
@@ -9,8 +10,8 @@ import worker
 from worker import Task
 
 
-def decode(job):
-    """Continue a prompt by n_tokens; with n_samples, so many copies of it at once."""
+def make_generate(job):
+    """Return generate(n_samples, n_tokens, **options), which continues the job's prompt by ids."""
     folder = job.folder / f"{job.model}-ct2"
     if not folder.exists():
         converter = ctranslate2.converters.TransformersConverter(
@@ -22,20 +23,42 @@ def decode(job):
     )
     tokens = vocabulary(folder)
     prompt = [tokens[i] for i in worker.prompt_ids(job.n_prompt, len(tokens))]
-    prompts, ids = [prompt] * job.n_samples, []
 
-    def work(n_tokens=job.n_tokens):
+    def generate(n_samples, n_tokens, **options):
         results = generator.generate_batch(
-            prompts,
+            [prompt] * n_samples,
             max_length=n_tokens,
             min_length=n_tokens,
             sampling_topk=1,
             include_prompt_in_result=False,
-            max_batch_size=job.n_samples,
+            max_batch_size=n_samples,
+            **options,
         )
-        ids[:] = np.transpose([result.sequences_ids[0] for result in results]).ravel().tolist()
+        return np.transpose([result.sequences_ids[0] for result in results]).ravel().tolist()
+
+    return generate
+
+
+def decode(job):
+    """Continue a prompt by n_tokens; with n_samples, so many copies of it at once."""
+    generate, ids = make_generate(job), []
+
+    def work(n_tokens=job.n_tokens):
+        ids[:] = generate(job.n_samples, n_tokens)
 
     return Task(work, lambda: work(min(2, job.n_tokens)), lambda: ids)
+
+
+def decode_late(job):
+    """Continue a long prompt; only the tokens after the first one are timed."""
+    generate, ids = make_generate(job), []
+
+    def work(n_tokens=job.n_tokens + 1):
+        times = []
+        ids[:] = generate(1, n_tokens, callback=lambda step: times.append(time.perf_counter()))
+        return times[-1] - times[0]
+
+    return Task(work, lambda: work(2), lambda: ids)
 
 
 def vocabulary(folder):
@@ -44,4 +67,4 @@ def vocabulary(folder):
 
 
 if __name__ == "__main__":
-    worker.main(decode=decode)
+    worker.main(decode=decode, decode_late=decode_late)

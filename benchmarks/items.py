@@ -194,8 +194,8 @@ def decoding(s):
     late = {"work": "decode_late", "model": "gpt2", "n_prompt": n_prompt, "n_tokens": n}
     phases = decoding_phases(s.gpt2, n_prompt, n + 1, prefill=False)
     title = f"decode, the last {n} of a context of {s.context:,}"
-    items.append(Item("b", f"decode_at_{s.context}", title, late, ("huggingface",), "tokens/s", n,
-                      phases))  # fmt: skip
+    items.append(Item("b", f"decode_at_{s.context}", title, late, ("huggingface", "ctranslate2"),
+                      "tokens/s", n, phases))  # fmt: skip
     n, B = s.decode[0], s.n_samples
     phases = decoding_phases(s.gpt2, s.n_prompt, n, B)
     title = f"decode, {B} samples at once, {n} tokens each"
