@@ -10,8 +10,8 @@ import worker
 from worker import Task
 
 
-def make_generate(job):
-    """Return generate(n_samples, n_tokens, **options), which continues the job's prompt by ids."""
+def load(job):
+    """Return the generator of a job's model, and its prompt."""
     folder = job.folder / f"{job.model}-ct2"
     if not folder.exists():
         converter = ctranslate2.converters.TransformersConverter(
@@ -22,7 +22,12 @@ def make_generate(job):
         str(folder), compute_type="float32", inter_threads=1, intra_threads=job.threads
     )
     tokens = vocabulary(folder)
-    prompt = [tokens[i] for i in worker.prompt_ids(job.n_prompt, len(tokens))]
+    return generator, [tokens[i] for i in worker.prompt_ids(job.n_prompt, len(tokens))]
+
+
+def make_generate(job):
+    """Return generate(n_samples, n_tokens, **options), which continues the job's prompt by ids."""
+    generator, prompt = load(job)
 
     def generate(n_samples, n_tokens, **options):
         results = generator.generate_batch(
@@ -61,10 +66,21 @@ def decode_late(job):
     return Task(work, lambda: work(2), lambda: ids)
 
 
+def forward(job):
+    """Compute the logits after every token of a prompt."""
+    generator, prompt = load(job)
+    out = {}
+
+    def work():
+        out["logits"] = np.array(generator.forward_batch([prompt]))
+
+    return Task(work, check=lambda: out["logits"][0, -1, :8].tolist())
+
+
 def vocabulary(folder):
     """Return the tokens of a converted model, by id."""
     return json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    worker.main(decode=decode, decode_late=decode_late)
+    worker.main(decode=decode, decode_late=decode_late, forward=forward)

@@ -225,7 +225,7 @@ def prefilling(s):
     job = {"work": "forward", "model": "gpt2", "n_prompt": T}
     phases = [{"flops": s.gpt2.flops(T), "bytes": s.gpt2.weight_bytes()}]
     items.append(Item("d", f"forward_{T}", f"all logits of {T:,} tokens", job,
-                      ("huggingface", "naive"), phases=phases))  # fmt: skip
+                      ("huggingface", "ctranslate2", "naive"), phases=phases))  # fmt: skip
     return items
 
 
