@@ -106,7 +106,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # the largest norm of the gradient; 0: no limit
     seed: int = 0
     ranks: int = 1  # processes that share a batch; must divide batch_size
-    threads: int = 1  # of a rank, that share its rows of a batch; must divide their number
+    threads: int = 1  # of a rank, in a process each, that share its rows; must divide their number
     eval_every: int = 250  # steps
     patience: int | None = None  # validations without a lower loss that end a run
     eval_tokens: int = 50_000  # the most that are used each time
@@ -469,11 +469,11 @@ def train_command(args: Namespace) -> None:
     if args.minutes and args.init == "scratch" and not args.resume:
         planning.plan_model(args, enc.n_vocab, len(tokens), partial(time_step, args, tokens))
     state = make_state(args, enc, data)
-    config, params = state.config, state.params
+    config = state.config
     loader = DataLoader(tokens, config, group.rank)
     datasets.check_validation(val_tokens)
     ids = np.array([*data.values()])
-    group.check_same(data=ids, parameters=params.flat, step=np.array(state.step))
+    group.check_same(data=ids, parameters=state.params.flat, step=np.array(state.step))
     workers, seconds = planning.fastest_step(gpt2.loss_and_grads, state, loader.batch(0), args)
     if args.minutes:
         planning.plan_steps(args, state, seconds, len(tokens))

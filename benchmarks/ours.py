@@ -20,7 +20,7 @@ import encoder
 import train
 import worker
 from gpt2_support import files
-from gpt2_support.data_parallel import DataParallel, fastest, thread_counts
+from gpt2_support.data_parallel import DataParallel, fastest, proc_counts
 from gpt2_support.formats import llmc, token_table
 from gpt2_support.params import Config, Params
 from worker import Task
@@ -64,9 +64,8 @@ def forward(job):
 def step(job):
     """Take a training step: loss, gradient, clipping, AdamW."""
     loaded = gpt2.load(job.folder / job.model)
-    params = loaded.copy()
-    state, losses = train.TrainState(params, settings(job, params.config)), []
-    batch = worker.random_batch(job, params.config.n_vocab)
+    state, losses = train.TrainState(loaded.copy(), settings(job, loaded.config)), []
+    batch = worker.random_batch(job, loaded.config.n_vocab)
     workers = choose_workers(job, state, batch)
     return Task(
         lambda: losses.append(train.train_step(state, [batch], workers)[0]),
@@ -84,11 +83,11 @@ def settings(job, model, steps=1, lr=worker.LR, **more):
 
 
 def choose_workers(job, state, batch):
-    """Return the threads that train.py chooses for a run, job.threads at most."""
+    """Return the processes that train.py chooses for a run, job.threads at most."""
     config = state.config
-    counts = thread_counts(job.B, job.T, state.params.config.n_embd, job.threads)
+    counts = proc_counts(job.B, job.T, state.params.config.n_embd, job.threads)
     workers, _ = fastest(gpt2.loss_and_grads, state.params, batch, counts)
-    config.threads = workers.n_threads
+    config.threads, state.params = workers.n_procs, workers.params
     return workers
 
 
@@ -132,14 +131,14 @@ def recipe(job):
     n = len(tokens) * 9 // 10
 
     def work(n_steps=job.n_steps):
-        params = start.copy()
-        run = train.TrainState(params, settings(job, params.config, n_steps, **worker.RECIPE))
+        config = settings(job, start.config, n_steps, **worker.RECIPE)
+        run = train.TrainState(start.copy(), config)
         loader = train.DataLoader(tokens[:n], run.config)
         workers = choose_workers(job, run, loader.batch(0))
         begin = time.perf_counter()
         while run.step < n_steps:
             train.train_step(run, loader.batches(run.step), workers)
-        state["params"] = params
+        state["params"] = run.params
         return time.perf_counter() - begin
 
     def check():

@@ -19,10 +19,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpt2_support.params import Config, n_params
 from gpt2_support import cli
-from gpt2_support.data_parallel import DataParallel, fastest, thread_counts
-from gpt2_support.distributed import init_process_group
+from gpt2_support.data_parallel import fastest, proc_counts
+from gpt2_support.distributed import ProcessGroup, init_process_group
 
 # isort: on
+import copy
 import time
 
 import numpy as np
@@ -127,7 +128,8 @@ def measure(args):
     with init_process_group() as group:
         state, loader, workers = set_up(args, group)
         params, config, grads = state.params, state.config, workers.grads
-        alone = DataParallel(gpt2.loss_and_grads, params, config.threads)  # sends nothing
+        alone = copy.copy(workers)
+        alone.group = ProcessGroup()  # to which nothing is sent
         update = (params, grads, 0.0, 1, config, 1.0, workers.parallel)
         seconds = []
         for step in range(args.steps + 1):
@@ -144,7 +146,7 @@ def measure(args):
 
 
 def set_up(args, group):
-    """Return a new run, a loader of random tokens, and the threads of this rank."""
+    """Return a new run, a loader of random tokens, and the processes of this rank."""
     model = CONFIGS[args.model]
     n_rows = args.batch_size // group.size
     if args.batch_size % group.size or n_rows % (args.threads or 1):
@@ -160,9 +162,9 @@ def set_up(args, group):
     tokens = np.random.default_rng(0).integers(0, model.n_vocab, n_tokens).astype(np.uint16)
     loader, counts = train.DataLoader(tokens, config, group.rank), [args.threads]
     if not args.threads:
-        counts = thread_counts(n_rows, args.seq_len, model.n_embd, group.n_cores)
+        counts = proc_counts(n_rows, args.seq_len, model.n_embd, group.n_cores)
     workers, _ = fastest(gpt2.loss_and_grads, params, loader.batch(0), counts, group)
-    config.threads = workers.n_threads
+    config.threads, state.params = workers.n_procs, workers.params
     return state, loader, workers
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,13 +51,27 @@ def measure(task, seconds, is_cold=False):
 
 
 def peak_memory():
-    """Return the most memory, in bytes, that this process has had; None where nobody counts it."""
+    """Return the most memory, in bytes, that this process and those that it has started have had.
+
+    What they share counts once. None where nobody counts it.
+    """
     try:
         import resource
     except ImportError:  # Windows
         return None
     unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    own = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return own + sum(peak_private_memory(child.pid) for child in active_children())
+
+
+def peak_private_memory(pid):
+    """Return the most memory, in bytes, that a process had to itself; 0 where there is no /proc."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        return 0
+    lines = (line.split() for line in status.read_text().splitlines())
+    kilobytes = {line[0]: int(line[1]) for line in lines if line[-1:] == ["kB"]}
+    return 1024 * (kilobytes["VmHWM:"] - kilobytes["RssShmem:"])
 
 
 def main(**works):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import functools
 import io
 import os
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_support.formats import llmc
+from gpt2_support.interrupts import no_interrupts
 from gpt2_support.messages import BarStream, info
 from gpt2_support.pretokens import LAST_CUT
 
@@ -173,19 +173,6 @@ def start_worker(enc: Encoder) -> None:
     worker_encoder = enc
 
 
-@contextlib.contextmanager
-def no_interrupts() -> Iterator[None]:
-    """Let Ctrl-C wait until the end of the block, where the system can."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def end_with_parent() -> None:
     """End this process as soon as its parent has ended: a parent that is killed cannot say so."""
     from multiprocessing import parent_process
@@ -216,7 +203,7 @@ def encode_batches(enc: Encoder, batches: Iterable[Batch], n_procs: int) -> Iter
     try:
         pending: deque = deque()  # a few batches only, so that memory is bounded
         for batch in batches:
-            with no_interrupts():  # processes that begin here inherit this
+            with no_interrupts():
                 pending.append(pool.submit(encode_in_worker, batch))
             if len(pending) > 2 * n_procs:
                 yield pending.popleft().result()

@@ -1,10 +1,9 @@
-"""Gradients: how a layer adds to those of its parameters, in one thread or in several by turns."""
+"""Gradients: how a layer adds to those of its parameters, in one process or in several by turns."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,12 +12,13 @@ from gpt2_support import blas
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     from collections.abc import Iterator
+    from multiprocessing.connection import Connection
 
     from jaxtyping import Float, Integer
     from numpy import ndarray
 
 WORTH_GEMM = 1 << 17  # values: for fewer NumPy's own call is as fast
-ACCUMULATED_ROWS = 4096  # that a thread adds in a turn
+ACCUMULATED_ROWS = 4096  # that a process adds in a turn
 
 
 def accumulate(out: Float[ndarray, "*N"], values: Float[ndarray, "*N"]) -> None:
@@ -55,61 +55,72 @@ def accumulate_matmul(
 
 
 class Turns:
-    """Threads that add to one gradient by turns, always in the same order.
+    """The turns in which a process adds to the gradient that it shares, always in the same order.
 
-    To each array thread 0 adds first, then thread 1, up to the last, then thread 0 again: sums of
-    floats depend on their order. What is added first takes the place of what the array holds, so
-    that nothing need be zeroed. All threads make the same additions.
+    To each array process 0 adds first, then process 1, up to the last, then process 0 again: sums
+    of floats depend on their order. What is added first takes the place of what the array holds, so
+    that nothing need be zeroed. All processes make the same additions. Each hears of those that
+    the one `before` it has made, and tells the one `after` it; the last tells process 0.
     """
 
-    def __init__(self, n_threads: int) -> None:
-        self.n_threads, self.has_failed = n_threads, False
-        self.n_additions: dict[int, int] = defaultdict(int)  # by the address of the array
-        self.changed = threading.Condition()
+    def __init__(
+        self, process: int = 0, before: Connection | None = None, after: Connection | None = None
+    ) -> None:
+        self.process, self.before, self.after = process, before, after
+        self.n_added = self.n_heard = 0
+        self.n_added_to: dict[int, int] = {}  # the last addition to an array, by its address
 
     @contextlib.contextmanager
-    def taken_by(self, thread: int) -> Iterator[None]:
-        """Within, the calling thread is one of them. If it fails, none waits for it any more."""
-        _local.turns, _local.thread = self, thread
+    def taken(self) -> Iterator[None]:
+        """Within, what the calling thread adds, it adds in its turn. Begins a new gradient."""
+        self.n_added = self.n_heard = 0
+        self.n_added_to.clear()
+        _local.turns = self
         try:
             yield
-        except BaseException:
-            with self.changed:
-                self.has_failed = True
-                self.changed.notify_all()
-            raise
+            self._hear(self.n_added)  # process 0 ends when all have added
         finally:
             _local.turns = None
 
-    def is_next(self, thread: int, address: int) -> bool:
-        """Whether it is a thread's turn to add to the array at an address."""
-        return self.n_additions[address] % self.n_threads == thread or self.has_failed
+    def begin(self, address: int) -> bool:
+        """Wait for the turn to add to the array at an address; tell whether it is the first."""
+        last = self.n_added_to.get(address, 0)
+        self._hear(self.n_added + 1 if self.process else last)
+        return self.process == 0 and last == 0
+
+    def end(self, address: int) -> None:
+        """Tell the next process that the addition has been made."""
+        self.n_added += 1
+        self.n_added_to[address] = self.n_added
+        if self.after:
+            self.after.send_bytes(b"+")
+
+    def close(self) -> None:
+        """Close both pipes: whoever waits at their other ends ends, too."""
+        for pipe in (self.before, self.after):
+            if pipe:
+                pipe.close()
+
+    def _hear(self, n: int) -> None:
+        """Wait until the process before has made n additions."""
+        while self.before and self.n_heard < n:
+            self.before.recv_bytes()
+            self.n_heard += 1
 
 
 _local = threading.local()
 
 
 class turn:  # a context manager, called as a function
-    """Wait for the calling thread's turn to add to an array; tell whether it is the first to.
-
-    A thread that takes no turns need not wait, and is never the first.
-    """
+    """Wait for the turn to add to an array, if turns are taken; tell whether it is the first."""
 
     def __init__(self, out: ndarray) -> None:
         self.turns: Turns | None = getattr(_local, "turns", None)
         self.address = out.ctypes.data if self.turns else 0
 
     def __enter__(self) -> bool:
-        turns, address = self.turns, self.address
-        if not turns:
-            return False
-        if not turns.is_next(_local.thread, address):
-            with turns.changed:
-                turns.changed.wait_for(lambda: turns.is_next(_local.thread, address))
-        return turns.n_additions[address] == 0
+        return self.turns.begin(self.address) if self.turns else False
 
-    def __exit__(self, *error: object) -> None:
-        if self.turns:
-            with self.turns.changed:
-                self.turns.n_additions[self.address] += 1
-                self.turns.changed.notify_all()
+    def __exit__(self, error: object, *_: object) -> None:
+        if self.turns and error is None:
+            self.turns.end(self.address)

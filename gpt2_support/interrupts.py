@@ -52,6 +52,22 @@ def never_fatal(action: str) -> Iterator[None]:
         info(f"could not {action}: {reason}")
 
 
+@contextlib.contextmanager
+def no_interrupts() -> Iterator[None]:
+    """Let Ctrl-C wait until the end of the block; processes that begin there do not hear it.
+
+    Does nothing on Windows.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class ForgivingStream:
     """A text stream that drops what it cannot write: closed, a pipe without a reader, a full disk.
 

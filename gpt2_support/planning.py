@@ -14,7 +14,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from gpt2_support.data_parallel import DataParallel, fastest, largest_divisor, thread_counts
+from gpt2_support.data_parallel import DataParallel, fastest, largest_divisor, proc_counts
 from gpt2_support.messages import info
 from gpt2_support.optimizers import time_update
 from gpt2_support.params import Config, n_params
@@ -150,16 +150,17 @@ def memory_limit(group: ProcessGroup) -> float:
 def fastest_step(
     loss_and_grads: Callable, state: Any, batch: tuple[ndarray, ndarray], args: Namespace
 ) -> tuple[DataParallel, float]:
-    """Return the threads that are fastest on a batch, and the seconds of a step with them.
+    """Return the processes that are fastest on a batch, and the seconds of a step with them.
 
-    It sets the threads of the state, a train.TrainState, too: --threads, or else those tried.
+    --threads tells how many, or else some are tried. The state, a train.TrainState, receives their
+    number, and parameters that they share.
     """
     config, params = state.config, state.params
     n_rows, n_embd = config.batch_size // config.ranks, params.config.n_embd
-    counts = thread_counts(n_rows, config.seq_len, n_embd, args.group.n_cores)
+    counts = proc_counts(n_rows, config.seq_len, n_embd, args.group.n_cores)
     counts = [args.threads] if args.threads else counts
     workers, seconds = fastest(loss_and_grads, params, batch, counts, args.group, config.dropout)
-    config.threads = workers.n_threads
+    config.threads, state.params = workers.n_procs, workers.params
     update = time_update(state.optimizer, params, config, workers)
     return workers, config.grad_accum * seconds + update
 

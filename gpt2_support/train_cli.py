@@ -157,8 +157,8 @@ def make_parser(
         ("dropout", cli.below_1, "probability that a value is dropped, of embeddings, attention "
          "weights and branches: for texts that are read many times (GPT-2: 0.1)"),
         ("grad_clip", number, "the largest norm of the gradient; 0: no limit"),
-        ("threads", positive, "threads that share a batch; the last bits depend on their number "
-         "(default: the fastest, measured)"),
+        ("threads", positive, "threads that share a batch, in a process each; the last bits depend "
+         "on their number (default: the fastest, measured)"),
         ("seed", natural, "decides the first weights, the order of the data, the samples"),
     )  # fmt: skip
     tuned = ", ".join(f"{name} {value}" for name, value in FINE_TUNING.items())
