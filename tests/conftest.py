@@ -12,8 +12,10 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import hypothesis
@@ -281,3 +283,45 @@ def trained(no_picture, call, fish, out):
     done = call(train, *fish())
     assert done.returncode == 0, done.stderr
     return out
+
+
+class ThreadAsProcess:
+    """A thread that does what a worker process would, with the same pipes."""
+
+    def __init__(self, target, args, daemon):
+        connection, turns, *rest = args
+        self.pipes = [self.duplicate(p) for p in (connection, turns.before, turns.after)]
+        turns = type(turns)(turns.process, *self.pipes[1:])
+        work = functools.partial(target, self.pipes[0], turns, *rest)
+        self.thread = threading.Thread(target=self.run, args=(work,), daemon=daemon)
+
+    @staticmethod
+    def duplicate(pipe):
+        return type(pipe)(os.dup(pipe.fileno()), pipe.readable, pipe.writable)
+
+    def run(self, work):
+        work()
+        for pipe in self.pipes:
+            pipe.close()
+
+    def start(self):
+        self.thread.start()
+
+    def kill(self):
+        pass
+
+    def join(self):
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def workers_in_threads(monkeypatch):
+    """Worker processes are threads of this one: they start at once, and see its patches."""
+    from gpt2_support import worker_pool
+
+    spawn = SimpleNamespace(
+        Process=ThreadAsProcess, Pipe=worker_pool.SPAWN.Pipe, RawArray=worker_pool.SPAWN.RawArray
+    )
+    monkeypatch.setattr(worker_pool, "SPAWN", spawn)
+    monkeypatch.setattr(worker_pool, "leave_signals", lambda: None)

@@ -436,14 +436,14 @@ def test_threads_that_are_tried_fit_the_cores_and_the_batch(monkeypatch):
 
     def fastest(loss_and_grads, params, batch, counts):
         tried.append(counts)
-        return SimpleNamespace(n_threads=counts[-1]), 1.0
+        return SimpleNamespace(n_procs=counts[-1], params=params), 1.0
 
     monkeypatch.setattr(ours, "fastest", fastest)
     for n_cores, counts in ((1, [1]), (4, [1, 2, 3])):
         job = SimpleNamespace(B=6, T=1024, threads=n_cores)
         params = SimpleNamespace(config=Config())
         state = SimpleNamespace(params=params, config=ours.settings(job, params.config))
-        assert ours.choose_workers(job, state, None).n_threads == state.config.threads == counts[-1]
+        assert ours.choose_workers(job, state, None).n_procs == state.config.threads == counts[-1]
         assert tried.pop() == counts
 
 

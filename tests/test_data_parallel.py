@@ -43,8 +43,8 @@ def test_parallel_shares_the_elementwise_work_on_large_buffers(monkeypatch):
         (32, 16, 16, 2, [1]),
     ],
 )
-def test_thread_counts_divide_the_rows(n_rows, seq_len, n_embd, n_cores, counts):
-    assert data_parallel.thread_counts(n_rows, seq_len, n_embd, n_cores) == counts
+def test_numbers_of_processes_divide_the_rows(n_rows, seq_len, n_embd, n_cores, counts):
+    assert data_parallel.proc_counts(n_rows, seq_len, n_embd, n_cores) == counts
 
 
 @pytest.mark.parametrize(
@@ -60,15 +60,19 @@ def test_fastest_is_the_last_before_a_slower_one(monkeypatch, seconds, best, tri
     timed, used = [], []
 
     def time_batch(workers, params, batch):
-        timed.append(workers.n_threads)
-        used.append(workers.grads)
-        return seconds[workers.n_threads]
+        timed.append(workers.n_procs)
+        used.append((params, workers.params, workers.grads))
+        return seconds[workers.n_procs]
 
     monkeypatch.setattr(data_parallel.DataParallel, "time_batch", time_batch)
     batch = np.zeros((1, 4), int), np.zeros((1, 4), int)
     workers, time = data_parallel.fastest(gpt2.loss_and_grads, Params(TINY), batch, list(seconds))
-    assert (workers.n_threads, time) == (best, seconds[best])
-    assert all(grads is workers.grads for grads in used)  # one gradient for all that are tried
+    assert (workers.n_procs, time) == (best, seconds[best])
+    for arrays in used:  # one model and one gradient for all that are tried
+        assert [id(array) for array in arrays] == [
+            *map(id, (workers.params,) * 2),
+            id(workers.grads),
+        ]
     assert len(timed) == tried
 
 
@@ -100,9 +104,9 @@ def ignore_targets(case, dtype=np.int64):
     return tokens, targets
 
 
-def share(params, batches, n_threads, **options):
-    """Return loss and gradient (a copy) of batches that n_threads share."""
-    workers = data_parallel.DataParallel(gpt2.loss_and_grads, params, n_threads, **options)
+def share(params, batches, n_procs, **options):
+    """Return loss and gradient (a copy) of batches that n_procs processes share."""
+    workers = data_parallel.DataParallel(gpt2.loss_and_grads, params, n_procs, **options)
     loss, grads = workers.loss_and_grads(params, batches)
     return loss, grads.flat.copy()
 
@@ -115,20 +119,22 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("case", IGNORED)
-@pytest.mark.parametrize("n_threads", [1, 2, 3, 4, 8, 12])
+@pytest.mark.parametrize("n_procs", [1, 2, 3, 4, 8, 12])
 @pytest.mark.parametrize("n_batches", [1, 2, 4])
-def test_loss_and_gradient_do_not_depend_on_who_shares_the_targets(case, n_threads, n_batches):
-    """Threads that cannot have equal rows have none; a thread or a batch may have no target."""
+def test_loss_and_gradient_do_not_depend_on_who_shares_the_targets(
+    workers_in_threads, case, n_procs, n_batches
+):
+    """Processes that cannot have equal rows have none; one, or a batch, may have no target."""
     params = random_params(TINY)
     tokens, targets = ignore_targets(case)
     loss, grads = gpt2.loss_and_grads(params, tokens, targets)
     parts = (np.split(array, n_batches) for array in (tokens, targets))
-    actual = share(params, list(zip(*parts, strict=True)), n_threads)
+    actual = share(params, list(zip(*parts, strict=True)), n_procs)
     assert_same(actual, (loss, grads.flat))
 
 
-def test_batches_of_other_sizes_add_up(monkeypatch):
-    """With blocks of one row, a thread of more rows than another would wait for it for ever."""
+def test_batches_of_other_sizes_add_up(workers_in_threads, monkeypatch):
+    """With blocks of one row, a process of more rows than another would wait for it for ever."""
     monkeypatch.setattr(gpt2, "LM_HEAD_ROWS", 1)
     params, (tokens, targets) = random_params(TINY), ignore_targets("none")
     loss, grads = gpt2.loss_and_grads(params, tokens, targets)
@@ -138,7 +144,7 @@ def test_batches_of_other_sizes_add_up(monkeypatch):
 
 @pytest.mark.parametrize("case", IGNORED)
 @pytest.mark.parametrize("n_ranks", [2, 4])
-def test_loss_and_gradient_do_not_depend_on_the_ranks(case, n_ranks):
+def test_loss_and_gradient_do_not_depend_on_the_ranks(workers_in_threads, case, n_ranks):
     params = random_params(TINY)
     tokens, targets = ignore_targets(case)
     loss, grads = gpt2.loss_and_grads(params, tokens, targets)
@@ -177,6 +183,6 @@ def test_loss_and_gradient_of_equal_parts_have_the_bits_of_their_means():
 def test_batches_without_any_target_are_refused():
     params, (tokens, targets) = random_params(TINY), ignore_targets("none")
     targets[...] = -1
-    for n_threads in (1, 2):
+    for n_procs in (1, 2):
         with pytest.raises(ValueError, match="every target is -1"):
-            share(params, [(tokens, targets)] * 2, n_threads)
+            share(params, [(tokens, targets)] * 2, n_procs)

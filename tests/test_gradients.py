@@ -1,6 +1,7 @@
 """Tests of gpt2_support/gradients.py; that they are right is in test_gpt2.py."""
 
 import threading
+from multiprocessing import Pipe
 
 import numpy as np
 import pytest
@@ -74,24 +75,33 @@ def run(*functions):
         assert not thread.is_alive()
 
 
+def make_turns(n):
+    """Return the Turns of n processes, each with pipes from the one before and to the next."""
+    ring = [Pipe(duplex=False) for _ in range(n)]
+    return [gradients.Turns(i, ring[i][0], ring[(i + 1) % n][1]) for i in range(n)]
+
+
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
-def test_threads_add_in_their_order_and_the_first_overwrites(order):
+def test_processes_add_in_their_order_and_the_first_overwrites(order):
     """2^24, 1, 1 in float32: another order would give 2^24 + 2."""
-    turns, out = gradients.Turns(3), np.full(1, np.nan, np.float32)
+    turns, out = make_turns(3), np.full(1, np.nan, np.float32)
     values = np.array([[1 << 24], [1], [1]], np.float32)
 
-    def adder(thread):
+    def adder(process):
         def add():
-            with turns.taken_by(thread):
-                gradients.accumulate(out, values[thread])
-                gradients.accumulate(out, -values[thread])
+            with turns[process].taken():
+                gradients.accumulate(out, values[process])
+                gradients.accumulate(out, -values[process])
+            if process == 0:
+                assert out == -2  # 2^24 + 1 + 1 - 2^24 - 1 - 1, each rounded: all have added
 
         return add
 
-    run(*[adder(thread) for thread in order])
-    assert out == -2  # 2^24 + 1 + 1 - 2^24 - 1 - 1, each rounded
-    gradients.accumulate(out, values[1])  # out of turn
-    assert out == -1
+    for _ in range(2):  # the next gradient begins anew
+        run(*[adder(process) for process in order])
+        assert out == -2
+        gradients.accumulate(out, values[1])  # out of turn
+        assert out == -1
 
 
 @pytest.mark.parametrize("kind", ["values", "matmul", "large matmul", "rows"])
@@ -103,35 +113,37 @@ def test_the_first_to_add_overwrites_all(kind):
         "values": lambda: gradients.accumulate(out, a.T @ b),
         "rows": lambda: gradients.accumulate_rows(out, np.array([1]), b[:1]),
     }.get(kind, lambda: gradients.accumulate_matmul(out, a.T, b))
-    turns = gradients.Turns(1)
-    with turns.taken_by(0):
-        add()
     expected = a.T @ b if kind != "rows" else np.arange(n)[:, None] == 1
     if kind == "rows":
         expected = expected * b[:1]
-    np.testing.assert_array_equal(out, expected)
-    with turns.taken_by(0):
+    with gradients.Turns().taken():
+        add()
+        np.testing.assert_array_equal(out, expected)
         add()
     np.testing.assert_allclose(out, 2 * expected, rtol=0, atol=1e-12)
 
 
-def test_a_thread_that_fails_keeps_none_waiting():
-    turns, out, added = gradients.Turns(2), np.zeros(1), []
-
-    def fail():
-        with pytest.raises(MemoryError), turns.taken_by(0):
-            raise MemoryError
+def test_who_waits_for_a_process_that_has_ended_is_told():
+    turns, out, told = make_turns(2), np.zeros(1), []
 
     def wait():
-        with turns.taken_by(1):
+        with pytest.raises(EOFError), turns[1].taken():
             gradients.accumulate(out, np.ones(1))
-            added.append(1)
+        told.append(1)
 
-    run(wait, fail)
-    assert added == [1]
+    run(wait, turns[0].close)
+    assert told == [1]
+    assert out == 0
 
 
-def test_a_step_is_the_same_whatever_the_gradient_held():
+def test_an_addition_that_fails_is_not_told():
+    turns = make_turns(2)
+    with pytest.raises(ValueError, match="broadcast"), turns[0].taken():
+        gradients.accumulate(np.zeros(2), np.ones(3))
+    assert not turns[1].before.poll()
+
+
+def test_a_step_is_the_same_whatever_the_gradient_held(workers_in_threads):
     """Nothing of the last step is left, also where this one has fewer positions and tokens."""
     params, rng = random_params(TINY), np.random.default_rng(0)
     workers = data_parallel.DataParallel(gpt2.loss_and_grads, params, 2)

@@ -218,7 +218,9 @@ def test_l2_norm_is_euclidean():
 
 @pytest.mark.parametrize("n_threads", [1, 2, 4])
 @pytest.mark.parametrize("n_batches", [1, 2])
-def test_train_step_is_that_of_the_whole_batch_however_it_is_shared(n_threads, n_batches):
+def test_train_step_is_that_of_the_whole_batch_however_it_is_shared(
+    workers_in_threads, n_threads, n_batches
+):
     tokens = uint16_tokens(8 * 8).reshape(8, 8)
     ends = []
     for n, threads in ((1, 1), (n_batches, n_threads)):
@@ -317,7 +319,7 @@ def test_training_resumes_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
-def test_training_with_dropout_resumes_bit_for_bit(tmp_path, n_threads):
+def test_training_with_dropout_resumes_bit_for_bit(workers_in_threads, tmp_path, n_threads):
     def workers(state):
         return DataParallel(gpt2.loss_and_grads, state.params, n_threads, dropout=0.3)
 
@@ -338,7 +340,7 @@ def test_training_with_dropout_resumes_bit_for_bit(tmp_path, n_threads):
     assert same_state(resumed, whole) and resumed.config.dropout == 0.3
 
 
-def test_dropout_differs_by_step_batch_thread_and_rank():
+def test_dropout_differs_by_step_batch_process_and_rank(workers_in_threads):
     drawn = []
 
     def spy(params, tokens, targets, grads, n_counted, drop):

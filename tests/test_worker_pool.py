@@ -1,0 +1,191 @@
+"""Tests of gpt2_support/worker_pool.py, with processes; who adds when is in test_gradients.py."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import TINY, random_params
+
+import gpt2
+from gpt2_support import blas, data_parallel, gradients, worker_pool
+from gpt2_support.worker_pool import SharedArray, WorkerPool
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="asks /proc which processes there are"
+)
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it took longer than 20 s")
+
+
+def adder(shared):
+    """Return a function of a job (what to do, a number): it adds the number to a shared array."""
+    out = shared.array()
+
+    def work(job):
+        action, value = job
+        if action == "fail":
+            raise ValueError(f"cannot add {value}")
+        if action == "exit":
+            os._exit(9)
+        if action == "unpicklable":
+            return lambda: value
+        gradients.accumulate(out, np.full(out.size, value))
+        return os.getpid(), blas.get_threads()
+
+    return work
+
+
+def make_pool(n):
+    shared = SharedArray(5, np.dtype("float64"))
+    return WorkerPool(n, adder, shared), shared.array()
+
+
+def pids(pool):
+    return [process.pid for process in pool.processes]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_every_process_does_its_job_on_shared_memory(n):
+    pool, out = make_pool(n)
+    for _ in range(2):  # the second gradient overwrites the first
+        with blas.one_thread():
+            results = pool.run([("add", 10.0**i) for i in range(n)])
+        assert results == [(pid, 1) for pid in [os.getpid(), *pids(pool)]]
+        np.testing.assert_array_equal(out, np.full(5, sum(10.0**i for i in range(n))))
+    pool.stop()
+    assert not any(map(is_alive, pids(pool)))
+
+
+FAILURES = {
+    "this one": (["fail", "add", "add"], ValueError, "cannot add 0"),
+    "a worker": (["add", "fail", "add"], ValueError, "cannot add 1"),
+    "the last": (["add", "add", "fail"], ValueError, "cannot add 2"),
+    "two": (["add", "exit", "fail"], ValueError, "cannot add 2"),
+    "ended": (["add", "exit", "add"], ChildProcessError, "has ended, killed perhaps .*--threads"),
+    "the last ended": (["add", "add", "exit"], ChildProcessError, "has ended"),
+    "result": (["add", "unpicklable", "add"], Exception, "pickle"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_job_that_fails_ends_the_pool_with_its_error(case):
+    actions, error, message = FAILURES[case]
+    pool, _ = make_pool(3)
+    with pytest.raises(error, match=message):
+        pool.run([(action, i) for i, action in enumerate(actions)])
+    assert not pool.is_running
+    assert not any(map(is_alive, pids(pool)))
+
+
+def in_parent_only(pid):
+    if os.getpid() != pid:
+        raise RuntimeError("not in this process")
+    return print
+
+
+def test_a_worker_that_cannot_begin_is_an_error():
+    with pytest.raises(RuntimeError, match="not in this process"):
+        WorkerPool(2, in_parent_only, os.getpid())
+
+
+def test_workers_end_when_nobody_holds_the_pool():
+    pool, _ = make_pool(2)
+    workers = pids(pool)
+    assert all(map(is_alive, workers))
+    del pool
+    gc.collect()
+    wait_until(lambda: not any(map(is_alive, workers)))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_workers_leave_signals_to_their_parent(name):
+    """A terminal sends Ctrl-C to all of them, a scheduler SIGTERM; the parent ends after a step."""
+    pool, out = make_pool(2)
+    for pid in pids(pool):
+        os.kill(pid, getattr(signal, name))
+    pool.run([("add", 1.0), ("add", 2.0)])
+    assert out[0] == 3
+    pool.stop()
+
+
+PROGRAM = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import time
+import test_worker_pool
+
+if __name__ == "__main__":
+    pool, _ = test_worker_pool.make_pool(3)
+    print(*test_worker_pool.pids(pool), flush=True)
+    time.sleep(60 if sys.argv[3] == "wait" else 0)
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "returns"])
+def test_workers_end_with_their_parent(tmp_path, end):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    tests = Path(__file__).parent
+    command = [sys.executable, program, tests, tests.parent, "wait" if end == "killed" else ""]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        workers = [*map(int, process.stdout.readline().split())]
+        assert len(workers) == 2
+        if end == "killed":
+            process.kill()
+        assert process.wait(30) == (-signal.SIGKILL if end == "killed" else 0)
+    wait_until(lambda: not any(map(is_alive, workers)))
+
+
+def test_processes_and_threads_give_the_same_bits(workers_in_threads, monkeypatch):
+    params, rng = random_params(TINY, np.float32), np.random.default_rng(0)
+    tokens, targets = rng.integers(TINY.n_vocab, size=(2, 6, 8))
+    results = []
+    for spawn in (worker_pool.SPAWN, worker_pool.get_context("spawn")):
+        monkeypatch.setattr(worker_pool, "SPAWN", spawn)
+        workers = data_parallel.DataParallel(gpt2.loss_and_grads, params, 3, dropout=0.3)
+        loss, grads = workers.loss_and_grads(params, [(tokens, targets)] * 2, 1, 2)
+        results.append((loss, grads.flat.copy()))
+        workers.stop()
+    assert results[0][0] == results[1][0]
+    np.testing.assert_array_equal(results[0][1], results[1][1])
+    assert results[0][1].any()
+
+
+def test_parameters_that_are_not_shared_are_copied_at_each_step():
+    params, rng = random_params(TINY), np.random.default_rng(0)
+    batch = tuple(rng.integers(TINY.n_vocab, size=(2, 4, 8)))
+    workers = data_parallel.DataParallel(gpt2.loss_and_grads, params, 2)
+    for _ in range(2):
+        expected = gpt2.loss_and_grads(params, *batch)[0]
+        assert workers.loss_and_grads(params, [batch])[0] == pytest.approx(expected, rel=1e-13)
+        params.flat *= 1.1
+
+
+def test_a_batch_that_is_refused_leaves_workers_for_the_next():
+    params = random_params(TINY)
+    workers = data_parallel.DataParallel(gpt2.loss_and_grads, params, 2)
+    good, bad = (np.full((4, 8), value) for value in (1, TINY.n_vocab))
+    loss, _ = workers.loss_and_grads(workers.params, [(good, good)])
+    for batch in ((bad, good), (np.vstack([good[:1], bad[:1]] * 2), good)):
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            workers.loss_and_grads(workers.params, [batch])
+        assert workers.loss_and_grads(workers.params, [(good, good)])[0] == loss
