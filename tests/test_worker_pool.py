@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from helpers import TINY, random_params
 
 import gpt2
+import train
 from gpt2_support import blas, data_parallel, gradients, worker_pool
 from gpt2_support.worker_pool import SharedArray, WorkerPool
 
@@ -189,3 +191,35 @@ def test_a_batch_that_is_refused_leaves_workers_for_the_next():
         with pytest.raises(ValueError, match="outside the vocabulary"):
             workers.loss_and_grads(workers.params, [batch])
         assert workers.loss_and_grads(workers.params, [(good, good)])[0] == loss
+
+
+def test_command_resumes_in_processes_bit_for_bit(no_picture, call, fish, text):
+    """With dropout and accumulated batches."""
+    flags = ("--threads", 2, "--dropout", 0.2, "--grad_accum", 2, "--steps", 4)
+    one, two = text.parent / "one", text.parent / "two"
+    assert call(train, *fish(*flags, "--out", one)).returncode == 0
+    half = fish(*flags, "--out", two, "--steps", 2, "--decay_steps", 4, "--threads", 2)
+    assert call(train, *half).returncode == 0
+    assert call(train, "--resume", "--out", two, "--steps", 4).returncode == 0
+    assert (one / "model.bin").read_bytes() == (two / "model.bin").read_bytes()
+    assert train.load_checkpoint(two).config.threads == 2
+    wait_until(lambda: not active_children())
+
+
+def test_command_saves_when_a_worker_is_killed(no_picture, call, fish, out, monkeypatch):
+    take_step = train.train_step
+
+    def step(state, *args):
+        if state.step == 3:
+            for process in active_children():
+                process.kill()
+        return take_step(state, *args)
+
+    monkeypatch.setattr(train, "train_step", step)
+    done = call(train, *fish("--threads", 2, "--save_every", 100))
+    assert done.returncode == 1
+    assert done.stderr.count("one of the processes that share a batch has ended") == 1
+    assert train.load_checkpoint(out).step == 3
+    monkeypatch.undo()
+    assert call(train, "--resume", "--out", out).returncode == 0
+    assert train.load_checkpoint(out).step == 6
