@@ -17,6 +17,7 @@ from gpt2_support.checks import IGNORE_INDEX
 from gpt2_support.distributed import ProcessGroup
 from gpt2_support.gradients import Turns
 from gpt2_support.masks import Dropout
+from gpt2_support.messages import info
 from gpt2_support.params import Config, Params
 from gpt2_support.worker_pool import SharedArray, WorkerPool
 
@@ -93,9 +94,7 @@ class DataParallel:
             self.params.flat[...] = flat
         else:
             self.params, self.grads = params, params.zeros_like()
-        is_large = params.flat.size > 1 << 20  # so that waking a thread costs less than it does
-        self.n_threads = max(n_procs, blas.get_threads()) if is_large else n_procs
-        self.threads = ThreadPoolExecutor(self.n_threads)
+        self.threads = ThreadPoolExecutor(max(n_procs, blas.get_threads()))
 
     def loss_and_grads(
         self, params: Params, batches: Iterable[Batch], *seed: int
@@ -156,7 +155,8 @@ class DataParallel:
 
     def parallel(self, work: Work) -> list:
         """Return [work(0, n), work(1, n), ...]: elementwise work, shared among n threads."""
-        n = self.n_threads
+        is_large = self.grads.flat.size > 1 << 20  # so that waking a thread costs less than it does
+        n = max(self.n_procs, blas.get_threads()) if is_large else self.n_procs
         return serial(work) if n == 1 else list(self.threads.map(work, range(n), [n] * n))
 
     def time_batch(self, params: Params, batch: Batch) -> float:
@@ -185,12 +185,19 @@ def fastest(
 ) -> tuple[DataParallel, float]:
     """Return the processes that are fastest on a batch, and the seconds that they take.
 
-    Counts are tried as they come, up to the first that is slower than the one before.
+    Counts are tried as they come, up to the first that is slower than the one before, or for which
+    the system has no processes.
     """
     workers = DataParallel(loss_and_grads, params, max(proc_counts), group, dropout)
     best, least = proc_counts[0], math.inf
     for workers.n_procs in proc_counts:
-        seconds = workers.time_batch(workers.params, batch)
+        try:
+            seconds = workers.time_batch(workers.params, batch)
+        except OSError as error:
+            if workers.n_procs == proc_counts[0] or workers.group.size > 1:
+                raise
+            info(f"{best} of {workers.n_procs} threads are used: {error}")
+            break
         if seconds > least:
             break
         best, least = workers.n_procs, seconds

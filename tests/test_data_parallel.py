@@ -76,6 +76,25 @@ def test_fastest_is_the_last_before_a_slower_one(monkeypatch, seconds, best, tri
     assert len(timed) == tried
 
 
+def test_fastest_does_without_processes_that_cannot_start(monkeypatch, capsys):
+    class NoPool:
+        def __init__(self, n, *_):
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(data_parallel, "WorkerPool", NoPool)
+    tokens = np.zeros((4, 4), int)
+    batch, params, group = (tokens, tokens), Params(TINY), ProcessGroup()
+    workers, seconds = data_parallel.fastest(gpt2.loss_and_grads, params, batch, [1, 2, 4])
+    assert (workers.n_procs, seconds < 60) == (1, True)
+    message = "1 of 2 threads are used: [Errno 11] Resource temporarily unavailable"
+    assert capsys.readouterr().err.strip() == message
+    with pytest.raises(BlockingIOError):  # as --threads 2 asks
+        data_parallel.fastest(gpt2.loss_and_grads, params, batch, [2])
+    group.size = 2
+    with pytest.raises(BlockingIOError):  # the other rank tries, too
+        data_parallel.fastest(gpt2.loss_and_grads, params, batch, [1, 2], group)
+
+
 def test_time_batch_is_the_median_after_the_first_call(monkeypatch):
     times = [0, 0.1, 1, 2, 3, 6, 7, 9]  # 0.1 s, then 1, 3, 2 s
     clock = iter(map(float, times))
