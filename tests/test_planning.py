@@ -5,9 +5,11 @@ import os
 from argparse import Namespace
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from helpers import TEXT, TINY
 
+import gpt2
 import train
 from gpt2_support import planning
 from gpt2_support.distributed import ProcessGroup
@@ -118,6 +120,16 @@ def test_memory_limit_is_infinite_where_it_is_not_told(monkeypatch):
     assert 1e8 < planning.memory_limit(ProcessGroup()) < 1e15
     monkeypatch.delattr(os, "sysconf")
     assert planning.memory_limit(ProcessGroup()) == math.inf
+
+
+def test_a_run_trains_the_parameters_that_its_processes_share(workers_in_threads):
+    state = make_state(batch_size=4)
+    before, batch = state.params, (np.zeros((4, 4), int),) * 2
+    args = Namespace(threads=2, group=ProcessGroup())
+    workers, _ = planning.fastest_step(gpt2.loss_and_grads, state, batch, args)
+    assert state.params is workers.params is not before
+    np.testing.assert_array_equal(state.params.flat, before.flat)
+    assert state.config.threads == workers.n_procs == 2
 
 
 # --- the plan of a run --------------------------------------------------------------------------

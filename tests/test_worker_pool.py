@@ -39,7 +39,7 @@ def wait_until(condition):
 
 
 def adder(shared):
-    """Return a function of a job (what to do, a number): it adds the number to a shared array."""
+    """Return a function of a job (what to do, a number): it adds the number, in halves."""
     out = shared.array()
 
     def work(job):
@@ -50,7 +50,10 @@ def adder(shared):
             os._exit(9)
         if action == "unpicklable":
             return lambda: value
-        gradients.accumulate(out, np.full(out.size, value))
+        if action == "sleep":
+            time.sleep(100)
+        for _ in range(2):
+            gradients.accumulate(out, np.full(out.size, value / 2))
         return os.getpid(), blas.get_threads()
 
     return work
@@ -84,6 +87,7 @@ FAILURES = {
     "two": (["add", "exit", "fail"], ValueError, "cannot add 2"),
     "ended": (["add", "exit", "add"], ChildProcessError, "has ended, killed perhaps .*--threads"),
     "the last ended": (["add", "add", "exit"], ChildProcessError, "has ended"),
+    "this one, a worker is busy": (["fail", "sleep", "add"], ValueError, "cannot add 0"),
     "result": (["add", "unpicklable", "add"], Exception, "pickle"),
 }
 
@@ -92,8 +96,10 @@ FAILURES = {
 def test_a_job_that_fails_ends_the_pool_with_its_error(case):
     actions, error, message = FAILURES[case]
     pool, _ = make_pool(3)
+    start = time.monotonic()
     with pytest.raises(error, match=message):
         pool.run([(action, i) for i, action in enumerate(actions)])
+    assert time.monotonic() < start + 60
     assert not pool.is_running
     assert not any(map(is_alive, pids(pool)))
 
@@ -176,6 +182,7 @@ def test_parameters_that_are_not_shared_are_copied_at_each_step():
     params, rng = random_params(TINY), np.random.default_rng(0)
     batch = tuple(rng.integers(TINY.n_vocab, size=(2, 4, 8)))
     workers = data_parallel.DataParallel(gpt2.loss_and_grads, params, 2)
+    np.testing.assert_array_equal(workers.params.flat, params.flat)
     for _ in range(2):
         expected = gpt2.loss_and_grads(params, *batch)[0]
         assert workers.loss_and_grads(params, [batch])[0] == pytest.approx(expected, rel=1e-13)
