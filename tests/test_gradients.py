@@ -137,9 +137,10 @@ def test_who_waits_for_a_process_that_has_ended_is_told():
 
 
 def test_an_addition_that_fails_is_not_told():
-    turns = make_turns(2)
-    with pytest.raises(ValueError, match="broadcast"), turns[0].taken():
-        gradients.accumulate(np.zeros(2), np.ones(3))
+    turns, out = make_turns(2), np.zeros(2)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"), turns[0].taken():
+        gradients.accumulate(out, np.ones(2))
     assert not turns[1].before.poll()
 
 
