@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     Work = Callable[[Any], Any]  # work(job) -> result
 
 ALIGNMENT = 64  # bytes of a cache line
-SPAWN = get_context(
-    "spawn"
-)  # a forked process would inherit locks, but not the threads that hold them
+SPAWN = get_context("spawn")  # a fork has the locks of this process, not the threads that hold them
 
 
 class SharedArray:

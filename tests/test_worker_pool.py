@@ -38,6 +38,11 @@ def wait_until(condition):
     raise AssertionError("it took longer than 20 s")
 
 
+def has_no_workers():
+    gc.collect()
+    return not active_children()
+
+
 def adder(shared):
     """Return a function of a job (what to do, a number): it adds the number, in halves."""
     out = shared.array()
@@ -120,8 +125,8 @@ def test_workers_end_when_nobody_holds_the_pool():
     workers = pids(pool)
     assert all(map(is_alive, workers))
     del pool
-    gc.collect()
-    wait_until(lambda: not any(map(is_alive, workers)))
+    wait_until(has_no_workers)
+    assert not any(map(is_alive, workers))
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -210,7 +215,7 @@ def test_command_resumes_in_processes_bit_for_bit(no_picture, call, fish, text):
     assert call(train, "--resume", "--out", two, "--steps", 4).returncode == 0
     assert (one / "model.bin").read_bytes() == (two / "model.bin").read_bytes()
     assert train.load_checkpoint(two).config.threads == 2
-    wait_until(lambda: not active_children())
+    wait_until(has_no_workers)
 
 
 def test_command_saves_when_a_worker_is_killed(no_picture, call, fish, out, monkeypatch):
