@@ -128,6 +128,7 @@ def measure(args):
     with init_process_group() as group:
         state, loader, workers = set_up(args, group)
         params, config, grads = state.params, state.config, workers.grads
+        workers.time_batch(params, loader.batch(0))  # which also starts the processes
         alone = copy.copy(workers)
         alone.group = ProcessGroup()  # to which nothing is sent
         update = (params, grads, 0.0, 1, config, 1.0, workers.parallel)
@@ -152,7 +153,7 @@ def set_up(args, group):
     if args.batch_size % group.size or n_rows % (args.threads or 1):
         raise ValueError(
             f"--batch_size {args.batch_size} is not shared equally by {group.size} ranks of "
-            f"{args.threads or 1} threads"
+            f"{args.threads or 1} processes"
         )
     config = train.TrainConfig(batch_size=args.batch_size, seq_len=args.seq_len, ranks=group.size)
     params = train.init_params(model)

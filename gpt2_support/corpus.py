@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2_support.formats import llmc
-from gpt2_support.interrupts import no_interrupts
+from gpt2_support.interrupts import signals_blocked
 from gpt2_support.messages import BarStream, info
 from gpt2_support.pretokens import LAST_CUT
 
@@ -203,7 +203,7 @@ def encode_batches(enc: Encoder, batches: Iterable[Batch], n_procs: int) -> Iter
     try:
         pending: deque = deque()  # a few batches only, so that memory is bounded
         for batch in batches:
-            with no_interrupts():
+            with signals_blocked("SIGINT"):
                 pending.append(pool.submit(encode_in_worker, batch))
             if len(pending) > 2 * n_procs:
                 yield pending.popleft().result()

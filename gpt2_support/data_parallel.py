@@ -73,7 +73,8 @@ class DataParallel:
     Each of n_procs runs the whole model on its rows of the batch, with one BLAS thread, so that the
     elementwise work is shared as well as the matrix products. They add to one gradient by turns. A
     process alone leaves the products to all BLAS threads. Several read `params`, a copy in memory
-    that they share: train that, so that nothing need be copied at each step.
+    that they share: train that, so that nothing need be copied at each step. They import the
+    program, so it has to be a file that begins its work under `if __name__ == "__main__":`.
     """
 
     def __init__(
@@ -185,18 +186,25 @@ def fastest(
 ) -> tuple[DataParallel, float]:
     """Return the processes that are fastest on a batch, and the seconds that they take.
 
-    Counts are tried as they come, up to the first that is slower than the one before, or for which
-    the system has no processes.
+    Counts are tried as they come, up to the first that is slower than the one before, or whose
+    processes cannot start.
     """
-    workers = DataParallel(loss_and_grads, params, max(proc_counts), group, dropout)
+    n_most = max(proc_counts)
+    try:
+        workers = DataParallel(loss_and_grads, params, n_most, group, dropout)
+    except OSError as error:  # no memory that can be shared
+        if proc_counts[0] > 1:
+            raise
+        info(f"1 process is used, as {n_most} cannot share memory: {error}")
+        workers, proc_counts = DataParallel(loss_and_grads, params, 1, group, dropout), [1]
     best, least = proc_counts[0], math.inf
     for workers.n_procs in proc_counts:
         try:
             seconds = workers.time_batch(workers.params, batch)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             if workers.n_procs == proc_counts[0] or workers.group.size > 1:
                 raise
-            info(f"{best} of {workers.n_procs} threads are used: {error}")
+            info(f"processes: {best} instead of {workers.n_procs}: {error}")
             break
         if seconds > least:
             break

@@ -34,7 +34,7 @@ def accumulate_rows(
     out: Float[ndarray, "M C"], numbers: Integer[ndarray, " N"], rows: Float[ndarray, "N C"]
 ) -> None:
     """out[numbers] += rows, where a number may occur more than once; `out` is contiguous."""
-    with turn(out) as is_first:
+    with turn(*row_blocks(out)) as is_first:
         if is_first:
             out[...] = 0
         at = numbers.astype(np.intp)[:, None] * out.shape[1] + np.arange(out.shape[1])
@@ -45,13 +45,22 @@ def accumulate_matmul(
     out: Float[ndarray, "M O"], a: Float[ndarray, "M N"], b: Float[ndarray, "N O"]
 ) -> None:
     """out += a @ b, a block of rows at a time; BLAS itself adds to a large `out`."""
-    for start in range(0, len(out), ACCUMULATED_ROWS):
-        rows = slice(start, start + ACCUMULATED_ROWS)
-        with turn(out[rows]) as is_first:
+    for part, rows in zip(row_blocks(out), row_blocks(a), strict=True):
+        with turn(part) as is_first:
             if is_first:
-                np.matmul(a[rows], b, out=out[rows])
-            elif out.size < WORTH_GEMM or not blas.gemm(out[rows], a[rows], b):
-                out[rows] += a[rows] @ b
+                np.matmul(rows, b, out=part)
+            elif out.size < WORTH_GEMM or not blas.gemm(part, rows, b):
+                part += rows @ b
+
+
+def row_blocks(array: Float[ndarray, "M _"]) -> list[Float[ndarray, "m _"]]:
+    """Return the rows of an array, ACCUMULATED_ROWS at a time."""
+    starts = range(0, len(array), ACCUMULATED_ROWS)
+    return [array[start : start + ACCUMULATED_ROWS] for start in starts]
+
+
+class ProcessEnded(Exception):
+    """A process has ended for which this one waits."""
 
 
 class Turns:
@@ -82,18 +91,24 @@ class Turns:
         finally:
             _local.turns = None
 
-    def begin(self, address: int) -> bool:
-        """Wait for the turn to add to the array at an address; tell whether it is the first."""
-        last = self.n_added_to.get(address, 0)
+    def begin(self, addresses: list[int]) -> bool:
+        """Wait for the turn to add to the arrays at some addresses; tell whether it is the first.
+
+        Raises ProcessEnded if that cannot come.
+        """
+        last = max(self.n_added_to.get(address, 0) for address in addresses)
         self._hear(self.n_added + 1 if self.process else last)
         return self.process == 0 and last == 0
 
-    def end(self, address: int) -> None:
+    def end(self, addresses: list[int]) -> None:
         """Tell the next process that the addition has been made."""
         self.n_added += 1
-        self.n_added_to[address] = self.n_added
+        self.n_added_to.update(dict.fromkeys(addresses, self.n_added))
         if self.after:
-            self.after.send_bytes(b"+")
+            try:
+                self.after.send_bytes(b"+")
+            except OSError:
+                raise ProcessEnded from None
 
     def close(self) -> None:
         """Close both pipes: whoever waits at their other ends ends, too."""
@@ -104,7 +119,10 @@ class Turns:
     def _hear(self, n: int) -> None:
         """Wait until the process before has made n additions."""
         while self.before and self.n_heard < n:
-            self.before.recv_bytes()
+            try:
+                self.before.recv_bytes()
+            except (EOFError, OSError):
+                raise ProcessEnded from None
             self.n_heard += 1
 
 
@@ -112,15 +130,15 @@ _local = threading.local()
 
 
 class turn:  # a context manager, called as a function
-    """Wait for the turn to add to an array, if turns are taken; tell whether it is the first."""
+    """Wait for the turn to add to arrays, if turns are taken; tell whether it is the first."""
 
-    def __init__(self, out: ndarray) -> None:
+    def __init__(self, *outs: ndarray) -> None:
         self.turns: Turns | None = getattr(_local, "turns", None)
-        self.address = out.ctypes.data if self.turns else 0
+        self.addresses = [out.ctypes.data for out in outs] if self.turns else []
 
     def __enter__(self) -> bool:
-        return self.turns.begin(self.address) if self.turns else False
+        return self.turns.begin(self.addresses) if self.turns else False
 
     def __exit__(self, error: object, *_: object) -> None:
         if self.turns and error is None:
-            self.turns.end(self.address)
+            self.turns.end(self.addresses)

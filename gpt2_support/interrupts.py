@@ -53,15 +53,19 @@ def never_fatal(action: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_interrupts() -> Iterator[None]:
-    """Let Ctrl-C wait until the end of the block; processes that begin there do not hear it.
+def signals_blocked(*names: str) -> Iterator[None]:
+    """Let signals, "SIGINT" for example, wait until the end of the block.
 
-    Does nothing on Windows.
+    For a process that begins there they wait for ever. Does nothing on Windows.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # the first process would start it, and it unblocks signals
+    numbers = [getattr(signal, name) for name in names]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:

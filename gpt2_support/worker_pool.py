@@ -1,4 +1,4 @@
-"""Worker processes: they share memory with this one, and the work of a job.
+"""Worker processes: they share the work and the memory of this one.
 
 Processes, not threads: Python runs one thread at a time between two operations of NumPy.
 """
@@ -6,27 +6,35 @@ Processes, not threads: Python runs one thread at a time between two operations 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-from multiprocessing import get_context, util
+from multiprocessing import current_process, get_context, heap, util
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpt2_support import blas
-from gpt2_support.gradients import Turns
-from gpt2_support.interrupts import no_interrupts
+from gpt2_support.gradients import ProcessEnded, Turns
+from gpt2_support.interrupts import signals_blocked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
     from numpy import ndarray
 
-    Work = Callable[[Any], Any]  # work(job) -> result
+    DoJob = Callable[[Any], Any]  # do_job(job) -> result
 
-ALIGNMENT = 64  # bytes of a cache line
 SPAWN = get_context("spawn")  # a fork has the locks of this process, not the threads that hold them
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # that a terminal or a scheduler sends to all processes
+BLAS_THREADS = (  # what the BLAS of a worker reads when it is loaded
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "OMP_NUM_THREADS",
+)
 
 
 class SharedArray:
@@ -34,23 +42,28 @@ class SharedArray:
 
     def __init__(self, n: int, dtype: np.dtype) -> None:
         self.n, self.dtype = n, dtype
-        n_bytes = -(-n * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        self.memory = SPAWN.RawArray("b", n_bytes)
+        n_bytes = n * dtype.itemsize
+        if hasattr(os, "memfd_create"):  # Linux: /dev/shm may be too small, in a container
+            fd = os.memfd_create("gpt2")
+            util.Finalize(self, os.close, (fd,))
+            os.ftruncate(fd, n_bytes)
+            self.arena = heap.Arena(n_bytes, fd)
+        else:
+            self.arena = heap.Arena(n_bytes)
 
     def array(self) -> ndarray:
-        return np.frombuffer(self.memory, self.dtype, self.n)
+        return np.frombuffer(self.arena.buffer, self.dtype, self.n)
 
 
 class WorkerPool:
-    """n processes, this one among them, that each do a part of a job and add to one gradient.
+    """n processes, this one among them, that each do a job and add to one gradient by turns.
 
-    Every process makes its own function of a job, make_work(*args), once. Each has one BLAS thread.
-    Workers leave signals to this process, and end with it. Raises ChildProcessError if one ends
-    before it is ready.
+    Every process makes its own do_job = make(*args), once. A worker has one BLAS thread, leaves
+    signals to this process and ends with it. Raises ChildProcessError if one does not start.
     """
 
-    def __init__(self, n: int, make_work: Callable[..., Work], *args: Any) -> None:
-        self.n, self.work = n, make_work(*args)
+    def __init__(self, n: int, make: Callable[..., DoJob], *args: Any) -> None:
+        self.n, self.do_job = n, make(*args)
         self.connections: list[Connection] = []
         self.processes: list[BaseProcess] = []
         ring = [SPAWN.Pipe(duplex=False) for _ in range(n)]  # the ends of what leads to process i
@@ -61,63 +74,74 @@ class WorkerPool:
         )
         try:
             for i in range(1, n):
-                ours, theirs = SPAWN.Pipe()
-                self.connections.append(ours)
-                with no_interrupts(), theirs:
-                    process = SPAWN.Process(
-                        target=serve, args=(theirs, turns[i], make_work, args), daemon=True
-                    )
-                    process.start()
-                self.processes.append(process)
+                self._start(turns[i], make, args)
             for turns_of_worker in turns[1:]:
                 turns_of_worker.close()
-            self._collect()
+            self._collect(
+                "a process that is to share a batch did not start: the program has to be a file, "
+                "its work under `if __name__ == '__main__':`, and what it trains has to be in "
+                "modules; or let it use 1 process (--threads 1)"
+            )
         except BaseException:
             self.stop()
             raise
+
+    def _start(self, turns: Turns, make: Callable[..., DoJob], args: tuple) -> None:
+        if current_process().daemon:
+            raise ChildProcessError("a daemonic process cannot have others that share its batch")
+        ours, theirs = SPAWN.Pipe()
+        self.connections.append(ours)
+        arguments = theirs, turns, make, args
+        with signals_blocked(*SIGNALS), one_blas_thread(), theirs:
+            process = SPAWN.Process(target=serve, args=arguments, daemon=True)
+            process.start()
+            self.processes.append(process)
 
     @property
     def is_running(self) -> bool:
         return self.stop.still_active()
 
     def run(self, jobs: list) -> list:
-        """Return [work(job), ...] for n jobs, one for each process.
+        """Return [do_job(job), ...] for n jobs, one for each process.
 
-        Raises what `work` raises in any of them, and ChildProcessError if a worker has ended. Then
+        Raises what do_job raises in any of them, and ChildProcessError if a worker has ended. Then
         the pool has stopped.
         """
         try:
             first = None
-            try:
-                for connection, job in zip(self.connections, jobs[1:], strict=True):
+            for connection, job in zip(self.connections, jobs[1:], strict=True):
+                with contextlib.suppress(ConnectionError):  # a worker has ended: see below
                     connection.send(job)
+            try:
                 with self.turns.taken():
-                    first = self.work(jobs[0])
-            except (EOFError, ConnectionError):  # a worker has ended
+                    first = self.do_job(jobs[0])
+            except ProcessEnded:
                 self.turns.close()  # so that the others end, too
-            return [first, *self._collect()]
+            results = self._collect(
+                "one of the processes that share a batch has ended, killed perhaps because memory "
+                "ran out (with a smaller --batch_size, or --threads 1, less is needed)"
+            )
         except BaseException:
             self.stop()
             raise
+        return [first, *results]
 
-    def _collect(self) -> list:
-        """Return what each worker sends; raise an error that is among it."""
-        results = [receive(connection) for connection in self.connections]
-        errors = [result for result in results if isinstance(result, BaseException)]
-        if errors:
-            raise next((e for e in errors if not isinstance(e, ChildProcessError)), errors[0])
+    def _collect(self, reason: str) -> list:
+        """Return what each worker sends; raise an error that is among it, or for who has ended."""
+        results, has_ended = [], False
+        for connection, process in zip(self.connections, self.processes, strict=True):
+            try:
+                if connection not in wait([connection, process.sentinel]):
+                    raise EOFError
+                results.append(connection.recv())
+            except (EOFError, OSError):
+                has_ended = True
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        if has_ended:
+            raise ChildProcessError(reason)
         return results
-
-
-def receive(connection: Connection) -> Any:
-    """Return what a worker sends, or ChildProcessError if it has ended."""
-    try:
-        return connection.recv()
-    except (EOFError, OSError):
-        return ChildProcessError(
-            "one of the processes that share a batch has ended, killed perhaps because memory ran "
-            "out: try again, with a smaller --batch_size or --threads 1"
-        )
 
 
 def stop(processes: list[BaseProcess], connections: list[Connection], turns: Turns) -> None:
@@ -131,28 +155,61 @@ def stop(processes: list[BaseProcess], connections: list[Connection], turns: Tur
         process.join()
 
 
-def serve(
-    connection: Connection, turns: Turns, make_work: Callable[..., Work], args: tuple
-) -> None:
-    """Do jobs as they come, in a worker, until its parent has ended or a job fails."""
-    leave_signals()
-    with blas.one_thread(), contextlib.suppress(EOFError, OSError):
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Let processes that begin in the block load their BLAS with one thread."""
+    before = {name: os.environ.get(name) for name in BLAS_THREADS}
+    os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def serve(connection: Connection, turns: Turns, make: Callable[..., DoJob], args: tuple) -> None:
+    """Do jobs as they come, in a worker, until another process has ended or a job fails."""
+    ignore_signals()
+    with blas.one_thread():
         try:
-            work = make_work(*args)
-            connection.send(None)  # ready
+            do_job = make(*args)
+            send(connection, None)  # ready
             while True:
-                job = connection.recv()
+                job = receive(connection)
                 with turns.taken():
-                    result = work(job)
-                connection.send(result)
-        except (EOFError, OSError):  # another process has ended
+                    result = do_job(job)
+                send(connection, result)
+        except ProcessEnded:
             pass
         except BaseException as error:
-            connection.send(error)
+            with contextlib.suppress(ProcessEnded):
+                send(connection, error)
 
 
-def leave_signals() -> None:
-    """Ignore what a terminal or a scheduler sends to parent and workers alike."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+def receive(connection: Connection) -> Any:
+    """Return what the parent sends; raises ProcessEnded."""
+    try:
+        return connection.recv()
+    except (EOFError, OSError):
+        raise ProcessEnded from None
+
+
+def send(connection: Connection, result: Any) -> None:
+    """Send a result, or an error, to the parent; raises ProcessEnded."""
+    try:
+        connection.send(result)
+    except OSError:
+        raise ProcessEnded from None
+    except Exception as error:  # it cannot be pickled
+        connection.send(RuntimeError(f"{result!r} cannot be sent: {error}"))
+        raise ProcessEnded from None
+
+
+def ignore_signals() -> None:
+    """Leave to the parent what all processes receive."""
+    for name in SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -9,6 +9,7 @@ import collections
 import functools
 import inspect
 import itertools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -292,7 +293,9 @@ class ThreadAsProcess:
         connection, turns, *rest = args
         self.pipes = [self.duplicate(p) for p in (connection, turns.before, turns.after)]
         turns = type(turns)(turns.process, *self.pipes[1:])
+        self.sentinel, end = multiprocessing.Pipe(duplex=False)
         work = functools.partial(target, self.pipes[0], turns, *rest)
+        self.pipes.append(end)
         self.thread = threading.Thread(target=self.run, args=(work,), daemon=daemon)
 
     @staticmethod
@@ -320,8 +323,6 @@ def workers_in_threads(monkeypatch):
     """Worker processes are threads of this one: they start at once, and see its patches."""
     from gpt2_support import worker_pool
 
-    spawn = SimpleNamespace(
-        Process=ThreadAsProcess, Pipe=worker_pool.SPAWN.Pipe, RawArray=worker_pool.SPAWN.RawArray
-    )
+    spawn = SimpleNamespace(Process=ThreadAsProcess, Pipe=multiprocessing.Pipe)
     monkeypatch.setattr(worker_pool, "SPAWN", spawn)
-    monkeypatch.setattr(worker_pool, "leave_signals", lambda: None)
+    monkeypatch.setattr(worker_pool, "ignore_signals", lambda: None)

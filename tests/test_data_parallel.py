@@ -86,13 +86,27 @@ def test_fastest_does_without_processes_that_cannot_start(monkeypatch, capsys):
     batch, params, group = (tokens, tokens), Params(TINY), ProcessGroup()
     workers, seconds = data_parallel.fastest(gpt2.loss_and_grads, params, batch, [1, 2, 4])
     assert (workers.n_procs, seconds < 60) == (1, True)
-    message = "1 of 2 threads are used: [Errno 11] Resource temporarily unavailable"
+    message = "processes: 1 instead of 2: [Errno 11] Resource temporarily unavailable"
     assert capsys.readouterr().err.strip() == message
     with pytest.raises(BlockingIOError):  # as --threads 2 asks
         data_parallel.fastest(gpt2.loss_and_grads, params, batch, [2])
     group.size = 2
     with pytest.raises(BlockingIOError):  # the other rank tries, too
         data_parallel.fastest(gpt2.loss_and_grads, params, batch, [1, 2], group)
+
+
+def test_fastest_does_without_memory_that_cannot_be_shared(monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data_parallel, "SharedArray", fail)
+    tokens = np.zeros((4, 4), int)
+    batch, params = (tokens, tokens), Params(TINY)
+    workers, _ = data_parallel.fastest(gpt2.loss_and_grads, params, batch, [1, 2])
+    assert (workers.n_procs, workers.params) == (1, params)
+    assert "1 process is used, as 2 cannot share memory" in capsys.readouterr().err
+    with pytest.raises(OSError, match="No space"):
+        data_parallel.fastest(gpt2.loss_and_grads, params, batch, [2])
 
 
 def test_time_batch_is_the_median_after_the_first_call(monkeypatch):

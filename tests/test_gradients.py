@@ -1,6 +1,7 @@
 """Tests of gpt2_support/gradients.py; that they are right is in test_gpt2.py."""
 
 import threading
+import time
 from multiprocessing import Pipe
 
 import numpy as np
@@ -127,13 +128,38 @@ def test_who_waits_for_a_process_that_has_ended_is_told():
     turns, out, told = make_turns(2), np.zeros(1), []
 
     def wait():
-        with pytest.raises(EOFError), turns[1].taken():
+        with pytest.raises(gradients.ProcessEnded), turns[1].taken():
             gradients.accumulate(out, np.ones(1))
         told.append(1)
 
     run(wait, turns[0].close)
     assert told == [1]
     assert out == 0
+
+
+def test_rows_wait_for_all_blocks_of_a_product(monkeypatch):
+    """Process 1 still adds to the last block of `out` when process 0 wants to add to its rows."""
+    monkeypatch.setattr(gradients, "ACCUMULATED_ROWS", 2)
+    turns, out, ones = make_turns(2), np.zeros((6, 1)), np.ones((6, 1))
+    has_added = threading.Event()
+
+    def process_0():
+        with turns[0].taken():
+            gradients.accumulate_matmul(out, ones, np.ones((1, 1)))
+            gradients.accumulate_rows(out, np.array([5]), ones[:1])
+            assert has_added.is_set()
+
+    def process_1():
+        with turns[1].taken():
+            for block in gradients.row_blocks(out)[:2]:
+                gradients.accumulate(block, ones[:2])
+            time.sleep(0.3)
+            has_added.set()
+            gradients.accumulate(out[4:], ones[:2])
+            gradients.accumulate_rows(out, np.array([5]), ones[:1])
+
+    run(process_0, process_1)
+    np.testing.assert_array_equal(out.ravel(), [2, 2, 2, 2, 2, 4])
 
 
 def test_an_addition_that_fails_is_not_told():

@@ -8,6 +8,7 @@ import sys
 import time
 from multiprocessing import active_children
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ FAILURES = {
     "a worker": (["add", "fail", "add"], ValueError, "cannot add 1"),
     "the last": (["add", "add", "fail"], ValueError, "cannot add 2"),
     "two": (["add", "exit", "fail"], ValueError, "cannot add 2"),
-    "ended": (["add", "exit", "add"], ChildProcessError, "has ended, killed perhaps .*--threads"),
+    "ended": (["add", "exit", "add"], ChildProcessError, "has ended, killed perhaps .*--threads 1"),
     "the last ended": (["add", "add", "exit"], ChildProcessError, "has ended"),
     "this one, a worker is busy": (["fail", "sleep", "add"], ValueError, "cannot add 0"),
     "result": (["add", "unpicklable", "add"], Exception, "pickle"),
@@ -118,6 +119,65 @@ def in_parent_only(pid):
 def test_a_worker_that_cannot_begin_is_an_error():
     with pytest.raises(RuntimeError, match="not in this process"):
         WorkerPool(2, in_parent_only, os.getpid())
+
+
+class Unpicklable(Exception):
+    def __reduce__(self):
+        raise TypeError("no pickle of it")
+
+
+def fails_to_begin(pid, kind):
+    if os.getpid() != pid:
+        if kind == "exit":
+            os._exit(9)
+        raise Unpicklable("why it fails")
+    return print
+
+
+@pytest.mark.parametrize(
+    "kind, error, message",
+    [
+        ("exit", ChildProcessError, "did not start: the program has to be a file"),
+        ("raise", RuntimeError, "why it fails.*cannot be sent: no pickle of it"),
+    ],
+)
+def test_why_a_worker_did_not_start(kind, error, message):
+    with pytest.raises(error, match=message):
+        WorkerPool(3, fails_to_begin, os.getpid(), kind)
+
+
+@pytest.mark.parametrize("n, killed", [(2, 0), (3, 0), (3, 1), (4, 1)])
+def test_a_worker_that_is_killed_between_two_jobs_is_an_error(n, killed):
+    pool, _ = make_pool(n)
+    pool.run([("add", 1.0)] * n)
+    pool.processes[killed].kill()
+    pool.processes[killed].join()
+    with pytest.raises(ChildProcessError, match="has ended"):
+        pool.run([("add", 1.0)] * n)
+    assert not any(map(is_alive, pids(pool)))
+
+
+def test_a_daemonic_process_starts_no_workers(monkeypatch):
+    monkeypatch.setattr(worker_pool, "current_process", lambda: SimpleNamespace(daemon=True))
+    with pytest.raises(ChildProcessError, match="daemonic"):
+        make_pool(2)
+    assert make_pool(1)[0].run([("add", 1.0)])
+
+
+def test_memory_that_is_shared_need_not_fit_into_dev_shm(monkeypatch):
+    monkeypatch.setattr(os, "statvfs", lambda path: pytest.fail("asks for room"))
+    pool, out = make_pool(2)
+    pool.run([("add", 1.0)] * 2)
+    np.testing.assert_array_equal(out, np.full(5, 2))
+    pool.stop()
+
+
+def test_the_environment_is_as_before(monkeypatch):
+    monkeypatch.setenv("MKL_NUM_THREADS", "3")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = dict(os.environ)
+    make_pool(2)[0].stop()
+    assert dict(os.environ) == before
 
 
 def test_workers_end_when_nobody_holds_the_pool():
