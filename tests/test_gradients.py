@@ -85,7 +85,7 @@ def make_turns(n):
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
 def test_processes_add_in_their_order_and_the_first_overwrites(order):
     """2^24, 1, 1 in float32: another order would give 2^24 + 2."""
-    turns, out = make_turns(3), np.full(1, np.nan, np.float32)
+    turns, out, seen = make_turns(3), np.full(1, np.nan, np.float32), []
     values = np.array([[1 << 24], [1], [1]], np.float32)
 
     def adder(process):
@@ -94,13 +94,15 @@ def test_processes_add_in_their_order_and_the_first_overwrites(order):
                 gradients.accumulate(out, values[process])
                 gradients.accumulate(out, -values[process])
             if process == 0:
-                assert out == -2  # 2^24 + 1 + 1 - 2^24 - 1 - 1, each rounded: all have added
+                seen.append(
+                    float(out[0])
+                )  # 2^24 + 1 + 1 - 2^24 - 1 - 1, each rounded: all have added
 
         return add
 
     for _ in range(2):  # the next gradient begins anew
         run(*[adder(process) for process in order])
-        assert out == -2
+        assert seen.pop() == out == -2
         gradients.accumulate(out, values[1])  # out of turn
         assert out == -1
 
@@ -141,13 +143,13 @@ def test_rows_wait_for_all_blocks_of_a_product(monkeypatch):
     """Process 1 still adds to the last block of `out` when process 0 wants to add to its rows."""
     monkeypatch.setattr(gradients, "ACCUMULATED_ROWS", 2)
     turns, out, ones = make_turns(2), np.zeros((6, 1)), np.ones((6, 1))
-    has_added = threading.Event()
+    has_added, waited = threading.Event(), []
 
     def process_0():
         with turns[0].taken():
             gradients.accumulate_matmul(out, ones, np.ones((1, 1)))
             gradients.accumulate_rows(out, np.array([5]), ones[:1])
-            assert has_added.is_set()
+            waited.append(has_added.is_set())
 
     def process_1():
         with turns[1].taken():
@@ -159,6 +161,7 @@ def test_rows_wait_for_all_blocks_of_a_product(monkeypatch):
             gradients.accumulate_rows(out, np.array([5]), ones[:1])
 
     run(process_0, process_1)
+    assert waited == [True]
     np.testing.assert_array_equal(out.ravel(), [2, 2, 2, 2, 2, 4])
 
 

@@ -60,7 +60,7 @@ def adder(shared):
             time.sleep(100)
         for _ in range(2):
             gradients.accumulate(out, np.full(out.size, value / 2))
-        return os.getpid(), blas.get_threads()
+        return os.getpid(), blas.get_threads(), len(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 
     return work
 
@@ -80,7 +80,7 @@ def test_every_process_does_its_job_on_shared_memory(n):
     for _ in range(2):  # the second gradient overwrites the first
         with blas.one_thread():
             results = pool.run([("add", 10.0**i) for i in range(n)])
-        assert results == [(pid, 1) for pid in [os.getpid(), *pids(pool)]]
+        assert [each[:2] for each in results] == [(pid, 1) for pid in [os.getpid(), *pids(pool)]]
         np.testing.assert_array_equal(out, np.full(5, sum(10.0**i for i in range(n))))
     pool.stop()
     assert not any(map(is_alive, pids(pool)))
@@ -172,6 +172,16 @@ def test_memory_that_is_shared_need_not_fit_into_dev_shm(monkeypatch):
     pool.stop()
 
 
+def test_a_pool_leaves_no_open_file():
+    make_pool(2)  # which starts what the next needs, too
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        make_pool(2)
+    gc.collect()
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
 def test_the_environment_is_as_before(monkeypatch):
     monkeypatch.setenv("MKL_NUM_THREADS", "3")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -209,6 +219,7 @@ import test_worker_pool
 if __name__ == "__main__":
     pool, _ = test_worker_pool.make_pool(3)
     print(*test_worker_pool.pids(pool), flush=True)
+    print(*[result[2] for result in pool.run([("add", 1.0)] * 3)[1:]], flush=True)
     time.sleep(60 if sys.argv[3] == "wait" else 0)
 """
 
@@ -222,6 +233,7 @@ def test_workers_end_with_their_parent(tmp_path, end):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         workers = [*map(int, process.stdout.readline().split())]
         assert len(workers) == 2
+        assert process.stdout.readline() == "3 3\n"  # signals are blocked since they began
         if end == "killed":
             process.kill()
         assert process.wait(30) == (-signal.SIGKILL if end == "killed" else 0)
