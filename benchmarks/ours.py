@@ -88,6 +88,7 @@ def choose_workers(job, state, batch):
     counts = proc_counts(job.B, job.T, state.params.config.n_embd, job.threads)
     workers, _ = fastest(gpt2.loss_and_grads, state.params, batch, counts)
     config.threads, state.params = workers.n_procs, workers.params
+    worker.begin_peak()
     return workers
 
 

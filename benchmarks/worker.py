@@ -50,28 +50,40 @@ def measure(task, seconds, is_cold=False):
     return times
 
 
+earlier_peak = 0  # before `begin_peak`
+
+
+def begin_peak():
+    """Measure the peak of memory anew: processes that start now do not add to what was before."""
+    global earlier_peak
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        earlier_peak = peak_memory()
+        clear.write_text("5")
+
+
 def peak_memory():
     """Return the most memory, in bytes, that this process and those that it has started have had.
 
-    What they share counts once. None where nobody counts it.
+    The arrays that they share count once. None where nobody counts it.
     """
     try:
         import resource
     except ImportError:  # Windows
         return None
+    status = read_status("self")
     unit = 1 if sys.platform == "darwin" else 1024
-    own = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return own + sum(peak_private_memory(child.pid) for child in active_children())
+    own = status.get("VmHWM:") or unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    children = [read_status(child.pid) for child in active_children()]
+    private = sum(each.get("VmHWM:", 0) - each.get("RssShmem:", 0) for each in children)
+    return max(earlier_peak, own + private)
 
 
-def peak_private_memory(pid):
-    """Return the most memory, in bytes, that a process had to itself; 0 where there is no /proc."""
+def read_status(pid):
+    """Return {"VmHWM:": bytes, ...} of a process; nothing where there is no /proc."""
     status = Path(f"/proc/{pid}/status")
-    if not status.exists():
-        return 0
-    lines = (line.split() for line in status.read_text().splitlines())
-    kilobytes = {line[0]: int(line[1]) for line in lines if line[-1:] == ["kB"]}
-    return 1024 * (kilobytes["VmHWM:"] - kilobytes["RssShmem:"])
+    lines = status.read_text().splitlines() if status.exists() else []
+    return {line.split()[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith(" kB")}
 
 
 def main(**works):

@@ -68,6 +68,12 @@ def tune_malloc() -> None:
         mallopt(trim_threshold, -1)  # never
 
 
+def trim_memory() -> None:
+    """Return freed memory to the system, where the C library is glibc."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 # ----------------------------------------------------------------------------------------------
 # OpenBLAS's own functions
 

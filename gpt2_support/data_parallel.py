@@ -95,7 +95,8 @@ class DataParallel:
             self.params.flat[...] = flat
         else:
             self.params, self.grads = params, params.zeros_like()
-        self.threads = ThreadPoolExecutor(max(n_procs, blas.get_threads()))
+        self._n_cores = blas.get_threads()
+        self.threads = ThreadPoolExecutor(max(n_procs, self._n_cores))
 
     def loss_and_grads(
         self, params: Params, batches: Iterable[Batch], *seed: int
@@ -157,7 +158,7 @@ class DataParallel:
     def parallel(self, work: Work) -> list:
         """Return [work(0, n), work(1, n), ...]: elementwise work, shared among n threads."""
         is_large = self.grads.flat.size > 1 << 20  # so that waking a thread costs less than it does
-        n = max(self.n_procs, blas.get_threads()) if is_large else self.n_procs
+        n = max(self.n_procs, self._n_cores) if is_large else self.n_procs
         return serial(work) if n == 1 else list(self.threads.map(work, range(n), [n] * n))
 
     def time_batch(self, params: Params, batch: Batch) -> float:
@@ -209,6 +210,7 @@ def fastest(
         if seconds > least:
             break
         best, least = workers.n_procs, seconds
+        blas.trim_memory()  # several processes need less each
     if best != workers.n_procs:
         workers.stop()
     workers.n_procs = best

@@ -29,7 +29,9 @@ def test_parallel_shares_the_elementwise_work_on_large_buffers(monkeypatch):
     large = Config(n_vocab=1 << 16, n_ctx=4, n_embd=16, n_head=2, n_layer=1)
     for config, n in ((TINY, 1), (large, 3)):
         workers = data_parallel.DataParallel(gpt2.loss_and_grads, Params(config))
+        monkeypatch.setattr(blas, "get_threads", lambda: 1)  # as within an optimizer's step
         assert workers.parallel(lambda i, n: (i, n)) == [(i, n) for i in range(n)]
+        monkeypatch.setattr(blas, "get_threads", lambda: 3)
 
 
 @pytest.mark.parametrize(
