@@ -105,8 +105,8 @@ class TrainConfig:
     dropout: float = 0.0  # probability, of embeddings, attention weights and branches
     grad_clip: float = 1.0  # the largest norm of the gradient; 0: no limit
     seed: int = 0
-    ranks: int = 1  # processes that share a batch; must divide batch_size
-    threads: int = 1  # of a rank, in a process each, that share its rows; must divide their number
+    ranks: int = 1  # of mpiexec, that share a batch; must divide batch_size
+    threads: int = 1  # processes of a rank that share its rows; must divide their number
     eval_every: int = 250  # steps
     patience: int | None = None  # validations without a lower loss that end a run
     eval_tokens: int = 50_000  # the most that are used each time

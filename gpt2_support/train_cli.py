@@ -157,8 +157,8 @@ def make_parser(
         ("dropout", cli.below_1, "probability that a value is dropped, of embeddings, attention "
          "weights and branches: for texts that are read many times (GPT-2: 0.1)"),
         ("grad_clip", number, "the largest norm of the gradient; 0: no limit"),
-        ("threads", positive, "threads that share a batch, in a process each; the last bits depend "
-         "on their number (default: the fastest, measured)"),
+        ("threads", positive, "processes that share a batch, one BLAS thread each; the last bits "
+         "depend on their number (default: the fastest, measured)"),
         ("seed", natural, "decides the first weights, the order of the data, the samples"),
     )  # fmt: skip
     tuned = ", ".join(f"{name} {value}" for name, value in FINE_TUNING.items())
@@ -206,7 +206,7 @@ def parse_args(
 ) -> Namespace:
     """Parse the command line; --resume takes the settings of the run as defaults.
 
-    The threads, too, if there are as many ranks as before; otherwise they are chosen anew.
+    --threads, too, if there are as many ranks as before; otherwise it is chosen anew.
     """
     args = parser.parse_args(argv)
     if args.resume:
@@ -337,7 +337,7 @@ def steps_of(args: Namespace, seq_len: int) -> int:
 
 
 def check_division(args: Namespace) -> None:
-    """Raise BadArgument if ranks and threads cannot share a batch equally."""
+    """Raise BadArgument if ranks and their processes cannot share a batch equally."""
     batch_size, size = args.batch_size, args.group.size
     if batch_size % size:
         raise BadArgument(f"{size} ranks cannot share --batch_size {batch_size} equally")
