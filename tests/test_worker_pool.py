@@ -94,7 +94,7 @@ FAILURES = {
     "ended": (["add", "exit", "add"], ChildProcessError, "has ended, killed perhaps .*--threads 1"),
     "the last ended": (["add", "add", "exit"], ChildProcessError, "has ended"),
     "this one, a worker is busy": (["fail", "sleep", "add"], ValueError, "cannot add 0"),
-    "result": (["add", "unpicklable", "add"], Exception, "pickle"),
+    "result": (["add", "unpicklable", "add"], RuntimeError, "cannot be sent"),
 }
 
 
