@@ -155,13 +155,14 @@ def fastest_step(
     --threads tells how many, or else some are tried. The state, a train.TrainState, receives their
     number, and parameters that they share.
     """
-    config, params = state.config, state.params
-    n_rows, n_embd = config.batch_size // config.ranks, params.config.n_embd
-    counts = proc_counts(n_rows, config.seq_len, n_embd, args.group.n_cores)
+    config, model = state.config, state.params.config
+    n_rows = config.batch_size // config.ranks
+    counts = proc_counts(n_rows, config.seq_len, model.n_embd, args.group.n_cores)
     counts = [args.threads] if args.threads else counts
-    workers, seconds = fastest(loss_and_grads, params, batch, counts, args.group, config.dropout)
+    options = batch, counts, args.group, config.dropout
+    workers, seconds = fastest(loss_and_grads, state.params, *options)
     config.threads, state.params = workers.n_procs, workers.params
-    update = time_update(state.optimizer, params, config, workers)
+    update = time_update(state.optimizer, state.params, config, workers)
     return workers, config.grad_accum * seconds + update
 
 

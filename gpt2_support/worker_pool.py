@@ -75,8 +75,6 @@ class WorkerPool:
         try:
             for i in range(1, n):
                 self._start(turns[i], make, args)
-            for turns_of_worker in turns[1:]:
-                turns_of_worker.close()
             self._collect(
                 "a process that is to share a batch did not start: the program has to be a file, "
                 "its work under `if __name__ == '__main__':`, and what it trains has to be in "
@@ -92,7 +90,7 @@ class WorkerPool:
         ours, theirs = SPAWN.Pipe()
         self.connections.append(ours)
         arguments = theirs, turns, make, args
-        with signals_blocked(*SIGNALS), one_blas_thread(), theirs:
+        with signals_blocked(*SIGNALS), one_blas_thread(), theirs, contextlib.closing(turns):
             process = SPAWN.Process(target=serve, args=arguments, daemon=True)
             process.start()
             self.processes.append(process)
