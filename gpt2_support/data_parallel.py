@@ -190,11 +190,11 @@ def fastest(
     Counts are tried as they come, up to the first that is slower than the one before, or whose
     processes cannot start.
     """
-    n_most = max(proc_counts)
+    n_most, group = max(proc_counts), group or ProcessGroup()
     try:
         workers = DataParallel(loss_and_grads, params, n_most, group, dropout)
     except OSError as error:  # no memory that can be shared
-        if proc_counts[0] > 1:
+        if proc_counts[0] > 1 or group.size > 1:  # all ranks try the same
             raise
         info(f"1 process is used, as {n_most} cannot share memory: {error}")
         workers, proc_counts = DataParallel(loss_and_grads, params, 1, group, dropout), [1]
@@ -203,7 +203,7 @@ def fastest(
         try:
             seconds = workers.time_batch(workers.params, batch)
         except (OSError, MemoryError) as error:
-            if workers.n_procs == proc_counts[0] or workers.group.size > 1:
+            if workers.n_procs == proc_counts[0] or group.size > 1:
                 raise
             info(f"processes: {best} instead of {workers.n_procs}: {error}")
             break

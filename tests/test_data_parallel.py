@@ -109,6 +109,10 @@ def test_fastest_does_without_memory_that_cannot_be_shared(monkeypatch, capsys):
     assert "1 process is used, as 2 cannot share memory" in capsys.readouterr().err
     with pytest.raises(OSError, match="No space"):
         data_parallel.fastest(gpt2.loss_and_grads, params, batch, [2])
+    group = ProcessGroup()
+    group.size = 2
+    with pytest.raises(OSError, match="No space"):  # the other rank tries both
+        data_parallel.fastest(gpt2.loss_and_grads, params, batch, [1, 2], group)
 
 
 def test_time_batch_is_the_median_after_the_first_call(monkeypatch):
