@@ -178,7 +178,7 @@ def one_line(text: str) -> str:
 
 # What stands for a flag's value in --help, by its type.
 METAVARS = {"int": "N", "vocabulary_size": "N", "float": "X", "str": "NAME"}
-METAVARS |= {"Path": "PATH", "folder": "PATH"}
+METAVARS |= {"path": "PATH", "folder": "PATH"}
 VERSION_HELP = "show the version of the program and exit"
 
 
@@ -212,12 +212,22 @@ below_1 = checked(float, lambda x: 0 <= x < 1, "a number of 0 or more and below 
 fraction = checked(float, lambda x: 0 < x <= 1, "a number over 0 and at most 1")
 
 
+name = checked(str, bool, "a name or a path")
+
+
+def path(text: str) -> Path:
+    """Return an argument as a path, for argparse's `type=`; the empty one would be a folder, `.`"""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a path")
+    return Path(text)
+
+
 def folder(text: str) -> Path:
     """Return the path of a folder, or of one that can be made, for argparse's `type=`."""
-    path = Path(text)
-    if not text or (os.path.lexists(path) and not path.is_dir()):
+    folder = Path(text)
+    if not text or (os.path.lexists(folder) and not folder.is_dir()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
-    return path
+    return folder
 
 
 def text(argument: str) -> str:

@@ -60,7 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     names = ", ".join(datasets.DATA_SETS)
     for command in (add_train_command(commands), add_encode_command(commands)):
         help = f"a text file (UTF-8), or the name of a data set to fetch: {names}"
-        command.add_argument("texts", metavar="TEXT", nargs="+", type=Path, help=help)
+        command.add_argument("texts", metavar="TEXT", nargs="+", type=cli.path, help=help)
     add_show_command(commands)
     add_decode_command(commands)
     args = parser.parse_args(argv)
@@ -104,7 +104,7 @@ def add_train_command(commands: argparse._SubParsersAction) -> cli.ArgumentParse
         ],
     )
     parser.add_argument("--n_vocab", type=vocabulary_size, default=1024, help="how many tokens")
-    parser.add_argument("--out", type=Path, default="tokenizer.bin", help="the file to write")
+    parser.add_argument("--out", type=cli.path, default="tokenizer.bin", help="the file to write")
     return parser
 
 
@@ -122,9 +122,9 @@ def add_encode_command(commands: argparse._SubParsersAction) -> cli.ArgumentPars
         ],
     )
     add, n_procs = parser.add_argument, os.cpu_count() or 1
-    add("--tokenizer", type=str, default="124M", help=TOKENIZER_HELP)
-    add("--out", type=Path, required=True, help="the file to write (required); the tokenizer goes "
-        "beside it, for train.py: stories.tokenizer.bin for stories.bin")  # fmt: skip
+    add("--tokenizer", type=cli.name, default="124M", help=TOKENIZER_HELP)
+    add("--out", type=cli.path, required=True, help="the file to write (required); the tokenizer "
+        "goes beside it, for train.py: stories.tokenizer.bin for stories.bin")  # fmt: skip
     docs = "what a document is: a whole file, a line (without its line end), or what lies between "
     add("--docs", choices=corpus.SEPARATORS, default="eot", help=f"{docs}lines of only {EOT_TEXT}")
     add("--n_procs", type=cli.positive_int, default=n_procs, help="processes to use")
@@ -161,7 +161,7 @@ def add_show_command(commands: argparse._SubParsersAction) -> None:
     )
     text_help = 'the text; "-": standard input, without its last line end'
     parser.add_argument("text", metavar="TEXT", nargs="+", help=text_help)
-    parser.add_argument("--tokenizer", type=str, default="124M", help=TOKENIZER_HELP)
+    parser.add_argument("--tokenizer", type=cli.name, default="124M", help=TOKENIZER_HELP)
 
 
 def add_decode_command(commands: argparse._SubParsersAction) -> None:
@@ -174,7 +174,7 @@ def add_decode_command(commands: argparse._SubParsersAction) -> None:
     )
     add, ids = parser.add_argument, 'token ids, separated by spaces or commas; "-": standard input'
     add("ids", metavar="ID", nargs="+", help=ids)
-    add("--tokenizer", type=str, default="124M", help=TOKENIZER_HELP)
+    add("--tokenizer", type=cli.name, default="124M", help=TOKENIZER_HELP)
 
 
 def token_ids(args: argparse.Namespace) -> list[int]:

@@ -53,14 +53,14 @@ def make_parser() -> cli.ArgumentParser:
         "reads it from standard input, without its last line end")  # fmt: skip
     add("--json", action="store_true", help="print the figures as JSON")
     add = parser.add_argument_group("model").add_argument
-    add("--model", type=str, help="a name or path, as for gpt2.py --model (default: 124M, or "
+    add("--model", type=cli.name, help="a name or path, as for gpt2.py --model (default: 124M, or "
         "stories where that cannot be downloaded)")  # fmt: skip
     add("--models_dir", type=cli.folder, default=hub.MODELS_DIR, help="folder of the models")
-    add("--tokenizer", type=str, help="a tokenizer file, or a folder or model that has one "
+    add("--tokenizer", type=cli.name, help="a tokenizer file, or a folder or model that has one "
         "(default: that of the model)")  # fmt: skip
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=Path, help="lambada or hellaswag, which are downloaded once, or a .jsonl "
-        "file of one of them; or a text, a tokens .bin or a data set as for train.py --data "
+    add("--data", type=cli.path, help="lambada or hellaswag, which are downloaded once, or a "
+        ".jsonl file of one of them; or a text, a tokens .bin or a data set as for train.py --data "
         "(default: only TEXT)")  # fmt: skip
     add("--limit", type=cli.positive_int, help="the most items, or tokens of a text, from the "
         "beginning (default: all)")  # fmt: skip

@@ -36,7 +36,7 @@ def make_parser() -> cli.ArgumentParser:
         "- reads it from standard input, without its last line end; without one the model starts a "
         "text")  # fmt: skip
     add = parser.add_argument_group("model").add_argument
-    add("--model", type=str, help="OpenAI's 124M, 355M, 774M or 1558M, a GPT-2 on the Hugging "
+    add("--model", type=cli.name, help="OpenAI's 124M, 355M, 774M or 1558M, a GPT-2 on the Hugging "
         "Face hub (distilgpt2, owner/name[@revision]), a model in --models_dir, or a path, also in "
         "Hugging Face's or OpenAI's format; a missing model is downloaded (default: 124M, or "
         "stories where that cannot be downloaded)")  # fmt: skip

@@ -63,6 +63,15 @@ class ProcessEnded(Exception):
     """A process has ended for which this one waits."""
 
 
+@contextlib.contextmanager
+def other_end() -> Iterator[None]:
+    """Raise ProcessEnded if the other end of a pipe that is used in the block is closed."""
+    try:
+        yield
+    except (EOFError, OSError):
+        raise ProcessEnded from None
+
+
 class Turns:
     """The turns in which a process adds to the gradient that it shares, always in the same order.
 
@@ -105,10 +114,8 @@ class Turns:
         self.n_added += 1
         self.n_added_to.update(dict.fromkeys(addresses, self.n_added))
         if self.after:
-            try:
+            with other_end():
                 self.after.send_bytes(b"+")
-            except OSError:
-                raise ProcessEnded from None
 
     def close(self) -> None:
         """Close both pipes: whoever waits at their other ends ends, too."""
@@ -119,10 +126,8 @@ class Turns:
     def _hear(self, n: int) -> None:
         """Wait until the process before has made n additions."""
         while self.before and self.n_heard < n:
-            try:
+            with other_end():
                 self.before.recv_bytes()
-            except (EOFError, OSError):
-                raise ProcessEnded from None
             self.n_heard += 1
 
 

@@ -91,11 +91,11 @@ def make_parser(
 
     group = add_group(
         "data",
-        ("data", Path, "a text file, a tokens .bin made by `encoder.py encode`, or the name of a "
-         f"data set to fetch: {', '.join(datasets.DATA_SETS)} (required without --resume)"),
-        ("val_data", Path, "the same for validation (default: the last tenth of --data)"),
-        ("tokenizer", str, "a tokenizer file, or a folder or model that has one (default: that of "
-         "--init, or the one that `encode` left beside a .bin, or one learned from the text)"),
+        ("data", cli.path, "a text file, a tokens .bin made by `encoder.py encode`, or the name of "
+         f"a data set to fetch: {', '.join(datasets.DATA_SETS)} (required without --resume)"),
+        ("val_data", cli.path, "the same for validation (default: the last tenth of --data)"),
+        ("tokenizer", cli.name, "a tokenizer file, or a folder or model that has one (default: "
+         "that of --init, or what `encode` left beside a .bin, or one learned from the text)"),
         ("n_vocab", vocabulary_size, "size of the vocabulary that is learned from a text"),
         ("docs", [*docs], "what a document of a text is: see encoder.py encode"),
     )  # fmt: skip
@@ -104,7 +104,7 @@ def make_parser(
     )
     add_group(
         "model",
-        ("init", str, "scratch, or a model to fine-tune or evaluate, as for gpt2.py --model"),
+        ("init", cli.name, "scratch, or a model to fine-tune or evaluate, as for gpt2.py --model"),
         ("n_layer", positive, "layers of a model from scratch"),
         ("n_head", positive, "attention heads of each layer"),
         ("n_embd", positive, "channels of a model from scratch"),

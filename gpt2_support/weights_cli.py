@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2_support import datasets
-from gpt2_support.cli import ArgumentParser, folder, run
+from gpt2_support.cli import ArgumentParser, folder, path, run
 from gpt2_support.formats.llmc import VERSIONS
 from gpt2_support.hub import (
     MODEL_ALIASES,
@@ -118,8 +117,8 @@ def add_convert(commands: Commands) -> None:
         ],
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", type=Path, help="a folder, or a model .bin file")
-    add("target", metavar="TARGET", type=Path, help="the folder to write")
+    add("source", metavar="SOURCE", type=path, help="a folder, or a model .bin file")
+    add("target", metavar="TARGET", type=path, help="the folder to write")
     add(
         "--to",
         choices=["bin", "hf"],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpt2_support import blas
-from gpt2_support.gradients import ProcessEnded, Turns
+from gpt2_support.gradients import ProcessEnded, Turns, other_end
 from gpt2_support.interrupts import signals_blocked
 
 if TYPE_CHECKING:
@@ -176,7 +176,8 @@ def serve(connection: Connection, turns: Turns, make: Callable[..., DoJob], args
             do_job = make(*args)
             send(connection, None)  # ready
             while True:
-                job = receive(connection)
+                with other_end():
+                    job = connection.recv()
                 with turns.taken():
                     result = do_job(job)
                 send(connection, result)
@@ -187,20 +188,13 @@ def serve(connection: Connection, turns: Turns, make: Callable[..., DoJob], args
                 send(connection, error)
 
 
-def receive(connection: Connection) -> Any:
-    """Return what the parent sends; raises ProcessEnded."""
-    try:
-        return connection.recv()
-    except (EOFError, OSError):
-        raise ProcessEnded from None
-
-
 def send(connection: Connection, result: Any) -> None:
     """Send a result, or an error, to the parent; raises ProcessEnded."""
     try:
-        connection.send(result)
-    except OSError:
-        raise ProcessEnded from None
+        with other_end():
+            connection.send(result)
+    except ProcessEnded:
+        raise
     except Exception as error:  # it cannot be pickled
         connection.send(RuntimeError(f"{result!r} cannot be sent: {error}"))
         raise ProcessEnded from None

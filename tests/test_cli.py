@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+import encoder
+import evaluate
 import gpt2
 import train
 from gpt2_support import cli, folders, weights_cli
@@ -227,6 +229,27 @@ def test_types_of_flags_say_what_they_want(kind, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match=r" is not a (whole )?number"):
             kind(text)
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "flag"),
+    [
+        (gpt2.main, ["x", "--model", ""], "--model: '' is not a name or a path"),
+        (train.main, ["--data", ""], "--data: '' is not a path"),
+        (train.main, ["--data", "x", "--init", ""], "--init: '' is not a name or a path"),
+        (train.main, ["--data", "x", "--out", ""], "--out: '' is not a folder"),
+        (encoder.main, ["show", "x", "--tokenizer", ""], "--tokenizer: '' is not a name or a path"),
+        (encoder.main, ["train", ""], "TEXT: '' is not a path"),
+        (evaluate.main, ["x", "--model", ""], "--model: '' is not a name or a path"),
+        (weights_cli.main, ["convert", "", "x"], "SOURCE: '' is not a path"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_empty_path_is_not_the_current_folder(main, argv, flag, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert exit.value.code == 2
+    assert f"error: argument {flag} (see --help)" in capsys.readouterr().err
 
 
 def test_text_is_what_was_typed_in_any_locale():
