@@ -7,6 +7,7 @@ and ranks. `c` are the settings, a train.TrainConfig.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
 
 
 def adamw_update(
-    p: Flat, g: Flat, m: Flat, v: Flat, t: int, lr: float, c: Any, decays: bool, scale: float
+    p: Flat, g: Flat, m: Flat, v: Flat, t: int, lr: float, c: Any, spans: list[Span], scale: float
 ) -> None:
     """Step t (from 1) of AdamW on parameters p (N,) and their moments m and v, in place.
 
@@ -44,7 +45,7 @@ def adamw_update(
         v <- beta2 v + (1 - beta2) g^2
         p <- p - lr weight_decay p - lr m' / (sqrt(v') + eps)
 
-    m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t) make up for the start from zero. Kingma and
+    The spans of p tell which values decay; the others have weight_decay 0. m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t) make up for the start from zero. Kingma and
     Ba 2014, arXiv:1412.6980; the decay apart: Loshchilov and Hutter 2017, arXiv:1711.05101.
     """
     blas.axpby(scale * (1 - c.beta1), g, c.beta1, m)
@@ -55,7 +56,9 @@ def adamw_update(
     update += c.eps * root
     np.divide(m, update, out=update)
     step = lr * root / (1 - c.beta1**t)
-    blas.axpby(-step, update, 1 - lr * c.weight_decay if decays else 1.0, p)
+    for start, stop, decays in spans:
+        decay = lr * c.weight_decay if decays else 0.0
+        blas.axpby(-step, update[start:stop], 1 - decay, p[start:stop])
 
 
 def muon_update(p: Matrices, g: Matrices, m: Matrices, lr: float, c: Any, scale: float) -> None:
@@ -170,8 +173,8 @@ class AdamW:
         self, i: int, n: int, p: Flat, g: Flat, lr: float, t: int, c: Any, scale: float
     ) -> None:
         """Update the parts i, i + n, ... of the shard's parameters p by its gradients g."""
-        for at, decays in self._blocks[i::n]:
-            adamw_update(p[at], g[at], self.m[at], self.v[at], t, lr, c, decays, scale)
+        for at, spans in self._blocks[i::n]:
+            adamw_update(p[at], g[at], self.m[at], self.v[at], t, lr, c, spans, scale)
 
 
 class Muon(AdamW):
@@ -240,16 +243,33 @@ BLOCK = 1 << 18  # values: few enough for the cache, but so many that threads do
 # Python's lock, which each holds between two operations
 
 
-def blocks(spans: list[Span], shard: slice) -> list[tuple[slice, bool]]:
-    """Cut what a shard has of some spans into blocks for AdamW, which threads share.
+def blocks(spans: list[Span], shard: slice) -> list[tuple[slice, list[Span]]]:
+    """Cut what a shard has of some spans into equal blocks for AdamW, which threads share.
 
-    Each is (its slice of the shard, whether its values decay).
+    Each is (its slice of the shard, its spans): many that are short, or a part of a long one.
     """
-    return [
-        (slice(at, min(at + BLOCK, stop - shard.start, shard.stop - shard.start)), decays)
-        for start, stop, decays in spans
-        for at in range(max(start - shard.start, 0), min(stop, shard.stop) - shard.start, BLOCK)
-    ]
+    blocks, spans = [], cut(spans, shard.start, shard.stop)
+    for first, end in stretches(spans):
+        n = -(-(end - first) // BLOCK)
+        bounds = [first + (end - first) * i // n for i in range(n + 1)]
+        for start, stop in itertools.pairwise(bounds):
+            blocks.append((slice(start, stop), cut(spans, start, stop)))
+    return blocks
+
+
+def stretches(spans: list[Span]) -> list[tuple[int, int]]:
+    """Return [(start, stop)] of spans that follow each other, joined."""
+    joined: list[tuple[int, int]] = []
+    for start, stop, _ in spans:
+        first = joined.pop()[0] if joined and joined[-1][1] == start else start
+        joined.append((first, stop))
+    return joined
+
+
+def cut(spans: list[Span], first: int, end: int) -> list[Span]:
+    """Return what lies between `first` and `end` of some spans, counted from `first`."""
+    parts = [(max(start, first), min(stop, end), decays) for start, stop, decays in spans]
+    return [(start - first, stop - first, decays) for start, stop, decays in parts if start < stop]
 
 
 def spans(config: Config, with_block_matrices: bool = True) -> list[Span]:
