@@ -45,8 +45,9 @@ def adamw_update(
         v <- beta2 v + (1 - beta2) g^2
         p <- p - lr weight_decay p - lr m' / (sqrt(v') + eps)
 
-    The spans of p tell which values decay; the others have weight_decay 0. m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t) make up for the start from zero. Kingma and
-    Ba 2014, arXiv:1412.6980; the decay apart: Loshchilov and Hutter 2017, arXiv:1711.05101.
+    The spans of p tell which values decay; for the others weight_decay is 0. m' = m / (1 - beta1^t)
+    and v' = v / (1 - beta2^t) make up for the start from zero. Kingma and Ba 2014,
+    arXiv:1412.6980; the decay apart: Loshchilov and Hutter 2017, arXiv:1711.05101.
     """
     blas.axpby(scale * (1 - c.beta1), g, c.beta1, m)
     square = g * g
