@@ -150,7 +150,8 @@ class Params(Group):
     update `flat`. Its rows of wte from n_vocab on are zero; `params.wte` (V, C) leaves them out.
 
     Params(config) is all zeros in float32. Params(config, flat) wraps a buffer of any float dtype
-    without copying it. Raises ValueError if it does not have the length that the config needs.
+    without copying it. Raises ValueError if it does not have the length that the config needs, and
+    MemoryError.
     """
 
     config: Config
@@ -162,7 +163,7 @@ class Params(Group):
     ln_f: LayerNorm
 
     def __init__(self, config: Config, flat: Float[ndarray, " N"] | None = None) -> None:
-        flat = np.zeros(n_params(config), np.float32) if flat is None else flat
+        flat = zeros(config) if flat is None else flat
         if flat.shape != (n_params(config),):
             raise ValueError(f"buffer of shape {flat.shape}, but {config} needs {n_params(config)}")
         named = name_views(config, flat)
@@ -203,6 +204,14 @@ class Params(Group):
     def __repr__(self) -> str:
         n = sum(array.size for array in self.named.values())
         return f"Params({self.config}, {n:,} parameters, {self.flat.dtype})"
+
+
+def zeros(config: Config) -> Float[ndarray, " N"]:
+    """Return a packed buffer of zeros in float32; raise MemoryError that names the config."""
+    try:
+        return np.zeros(n_params(config), np.float32)
+    except (MemoryError, ValueError, OverflowError) as error:
+        raise MemoryError(f"{config} has {n_params(config):,} parameters: {error}") from None
 
 
 def name_views(config: Config, flat: Float[ndarray, " N"]) -> Views:
