@@ -46,9 +46,9 @@ Pair: TypeAlias = tuple[int, int]  # the ids of two neighbours
 # ----------------------------------------------------------------------------------------------
 # Splitting: nothing is ever merged across two pre-tokens, so that "dog." and "dog!" share a token
 
-# A pre-token is a run of letters, digits or other characters, after at most one space;
-# or a contraction; or whitespace, without its last character if a word follows. It is OpenAI's
-# pattern with its alternatives in a faster order.
+# A pre-token is a run of letters, digits or other characters, after at most one space; or a
+# contraction; or whitespace, without its last character if more text follows. The pattern is
+# OpenAI's, with its alternatives in a faster order.
 SPLIT_PATTERN = regex.compile(
     r" ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+| ?\p{N}+|\s+(?!\S)|\s+"
 )
@@ -71,13 +71,13 @@ def bpe(pretoken: bytes, ranks: dict[bytes, int]) -> list[int]:
     Sennrich et al. 2016, arXiv:1508.07909, section 3.2.
     """
     n = len(pretoken)
-    end = [*range(1, n + 1), n + 1, n + 1]  # end[i]: where the part that starts at i ends
-    start = [*range(-1, n)]  # start[i]: where the part that ends at i starts
+    end = [*range(1, n + 1), n + 1, n + 1]  # end[i]: end of the part at i; n + 1: none
+    start = [*range(-1, n)]  # start[i]: start of the part that ends at i; -1: there is none
     heap = []  # (id, i, stop) for pairs that are tokens: the lowest id first, then the leftmost
     for i in range(n - 1):
         if (joined := pretoken[i : i + 2]) in ranks:
             heap.append((ranks[joined], i, i + 2))
-    heapify(heap)  # n bytes take O(n log n) steps
+    heapify(heap)  # with a heap, n bytes take O(n log n) steps
     while heap:
         _, i, stop = heappop(heap)
         middle = end[i]
@@ -253,8 +253,8 @@ def learn_merges(pretokens: Counter[str], tokens: list[bytes], n_tokens: int) ->
     """Append merges of the most frequent pairs to `tokens` until there are `n_tokens`.
 
     Of equally frequent pairs the one with the lowest ids comes first. A token has at most 255
-    bytes, which is what a tokenizer.bin can hold. No token is made twice: at any time, only one
-    pair joins to the same bytes, since bytes between the same boundaries always merge alike.
+    bytes, which is what a tokenizer.bin can hold. No token is made twice: between the same
+    boundaries the same bytes always merge alike, so only one pair at a time joins to them.
     """
     from tqdm import tqdm
 
@@ -291,7 +291,7 @@ class PairCounts:
     def merge(self, pair: Pair, new: int) -> set[Pair]:
         """Replace `pair` by the id `new` everywhere; return the pairs that contain `new`.
 
-        Only its pairs with their neighbours change.
+        Only the counts of pairs that overlap it change.
         """
         left, right = pair
         created: set[Pair] = set()

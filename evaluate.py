@@ -11,7 +11,7 @@ Texts. `evaluate`, which train.py validates with, reads a text in `Windows` and 
 `Evaluation`. Multiple choice. `score` returns a `Score` for each ending of each `Request`,
 `load_items` reads a file of LAMBADA or HellaSwag.
 
-The rooms `evaluation`, `scoring` and `tasks` of gpt2_support define these. The command line is
+The modules `evaluation`, `scoring` and `tasks` of gpt2_support define these. The command line is
 `python evaluate.py --help`; installed it is `gpt2-evaluate`, and there is no module of this name,
 which is that of a package of Hugging Face.
 """

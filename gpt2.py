@@ -7,11 +7,12 @@ cache; sampling and generation; the command line.
 Every layer is a pair of functions. The forward takes its input and its parameters `p`, and returns
 `out, cache`. The backward takes `dout`, the gradient of the loss with respect to `out`, and the
 cache. It adds the gradients of the parameters to `d`, which has the names of `p`, and returns the
-gradient of the input. Its lines undo those of the forward in reverse order.
+gradient of the input. It goes through the steps of the forward in reverse order.
 
-Shapes: B batch, T queries, S keys, C channels, H heads, D = C / H, V vocabulary. A gradient has the
-shape of what it is the gradient of. No layer names a dtype: float32 parameters compute in float32,
-float64 parameters in float64.
+Shapes: B batch, T tokens (one query each), S keys, C channels, H heads, D = C / H, V vocabulary,
+L layers, N rows, I inputs and O outputs of a linear layer. In annotations *N is any number of axes,
+and #B is B or 1. A gradient has the shape of what it is the gradient of. No layer names a dtype:
+float32 parameters compute in float32, float64 parameters in float64.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import numpy as np
 from gpt2_support.blas import matmul, max_last, mean_last, sum_last, sum_rows
 from gpt2_support.checks import GREEDY, IGNORE_INDEX, Sampling
 from gpt2_support.gradients import accumulate, accumulate_matmul, accumulate_rows
-from gpt2_support.hooks import NO_HOOK, NoHook
+from gpt2_support.hooks import NO_HOOK, Hook
 from gpt2_support.prompts import answer_prompts
 from gpt2_support.weights import load_params
 
@@ -57,8 +58,8 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
 EmbedCache = namedtuple("EmbedCache", "tokens positions")
 LayerNormCache = namedtuple("LayerNormCache", "xhat rstd")
 GeluCache = namedtuple("GeluCache", "x sigmoid")
-AttentionCache = namedtuple("AttentionCache", "x q k v att heads")
-MLPCache = namedtuple("MLPCache", "x fc gelu")
+AttentionCache = namedtuple("AttentionCache", "x q k v att_tiles heads")
+MLPCache = namedtuple("MLPCache", "x gelu h")
 BlockCache = namedtuple("BlockCache", "ln_1 attn ln_2 mlp")
 CrossEntropyCache = namedtuple("CrossEntropyCache", "exp total targets")
 
@@ -130,14 +131,14 @@ def gelu(x: AnyRows) -> tuple[AnyRows, GeluCache]:
     Hendrycks and Gimpel 2016, arXiv:1606.08415, in the tanh form that GPT-2 was trained with. The
     sigmoid needs exp, which takes less time than tanh.
     """
-    sigmoid = x * x
-    sigmoid *= -2 * 0.044715 * GELU_SCALE
-    sigmoid -= 2 * GELU_SCALE
-    sigmoid *= x  # -2 u, for now
+    e = x * x
+    e *= -2 * 0.044715 * GELU_SCALE
+    e -= 2 * GELU_SCALE
+    e *= x  # -2 u
     with np.errstate(over="ignore"):  # where exp is infinite, the sigmoid is 0
-        np.exp(sigmoid, out=sigmoid)
-    sigmoid += 1
-    np.reciprocal(sigmoid, out=sigmoid)
+        np.exp(e, out=e)
+    e += 1
+    sigmoid = np.reciprocal(e, out=e)
     return x * sigmoid, GeluCache(x, sigmoid)
 
 
@@ -167,49 +168,49 @@ def softmax(x: AnyRows) -> AnyRows:
 
 
 def softmax_backward(dout: AnyRows, out: AnyRows) -> AnyRows:
-    """dx = out (dout - sum(dout out)), in place of dout."""
+    """dx = out (dout - sum(dout out)), written over dout."""
     dout -= sum_last(dout, out)
     dout *= out
     return dout
 
 
 def scaled_dot_product_attention(
-    q: Heads, k: Keys, v: Keys, positions: Positions, hook: NoHook = NO_HOOK
+    q: Heads, k: Keys, v: Keys, positions: Positions, hook: Hook = NO_HOOK
 ) -> tuple[Heads, Weights]:
     """softmax(q k^T / sqrt(D)) v, where query t sees only the keys s <= positions[b, t].
 
     Vaswani et al. 2017, arXiv:1706.03762, 3.2.1.
     """
-    att = q @ k.swapaxes(-1, -2)  # (B, H, T, S)
-    att *= 1 / math.sqrt(q.shape[-1])
-    probs = softmax(mask_future(att, positions))
+    scores = q @ k.swapaxes(-1, -2)  # (B, H, T, S)
+    scores *= 1 / math.sqrt(q.shape[-1])
+    probs = softmax(mask_future(scores, positions))
     att = hook("attn.att", probs)
     return att @ v, (probs, att)
 
 
-def mask_future(att: Scores, positions: Positions) -> Scores:
+def mask_future(scores: Scores, positions: Positions) -> Scores:
     """Set the scores of the keys that are later than their query to -inf, in place."""
-    S = att.shape[-1]
+    S = scores.shape[-1]
     first = positions.min() + 1  # the first key that is later than some query
     if first < S:
         future = np.arange(first, S) > positions[:, None, :, None]
-        np.copyto(att[..., first:], -np.inf, where=future)
-    return att
+        np.copyto(scores[..., first:], -np.inf, where=future)
+    return scores
 
 
 def scaled_dot_product_attention_backward(
-    dout: Heads, cache: tuple[Heads, Keys, Keys, Weights], hook: NoHook = NO_HOOK
+    dout: Heads, cache: tuple[Heads, Keys, Keys, Weights], hook: Hook = NO_HOOK
 ) -> tuple[Heads, Keys, Keys]:
-    """dv = att^T dout;  datt = dout v^T;  dq, dk = dscores k, dscores^T q, over sqrt(D).
+    """dv = att^T dout;  datt = dout v^T;  dq = dscores k / sqrt(D);  dk = dscores^T q / sqrt(D).
 
     A score in the future has att = 0, and so no gradient.
     """
     q, k, v, (probs, att) = cache
     dv = att.swapaxes(-1, -2) @ dout
     datt = hook.backward("attn.att", dout @ v.swapaxes(-1, -2))
-    datt = softmax_backward(datt, probs)
-    datt *= 1 / math.sqrt(q.shape[-1])
-    return datt @ k, datt.swapaxes(-1, -2) @ q, dv
+    dscores = softmax_backward(datt, probs)
+    dscores *= 1 / math.sqrt(q.shape[-1])
+    return dscores @ k, dscores.swapaxes(-1, -2) @ q, dv
 
 
 def attention(
@@ -218,7 +219,7 @@ def attention(
     n_head: int,
     positions: Positions,
     past: Past | None = None,
-    hook: NoHook = NO_HOOK,
+    hook: Hook = NO_HOOK,
 ) -> tuple[Stream, AttentionCache]:
     """Multi-head causal self-attention: (B, T, C) -> (B, T, C).
 
@@ -230,9 +231,9 @@ def attention(
     if past is not None:
         k, v = past.update(k, v, positions)  # (B, H, S, D)
     q, k, v = hook("attn.q", q), hook("attn.k", k), hook("attn.v", v)
-    heads, att = tiles.apply(scaled_dot_product_attention, q, k, v, positions, hook)
+    heads, att_tiles = tiles.apply(scaled_dot_product_attention, q, k, v, positions, hook)
     out, heads = linear(hook("attn.heads", merge_heads(heads)), p.c_proj)
-    return hook("attn.out", out), AttentionCache(x, q, k, v, att, heads)
+    return hook("attn.out", out), AttentionCache(x, q, k, v, att_tiles, heads)
 
 
 def attention_backward(
@@ -241,18 +242,18 @@ def attention_backward(
     p: Attention,
     d: Attention,
     n_head: int,
-    hook: NoHook = NO_HOOK,
+    hook: Hook = NO_HOOK,
 ) -> Stream:
     """The steps of `attention` in reverse."""
-    x, q, k, v, att, heads = cache
-    dheads = linear_backward(hook.backward("attn.out", dout), heads, p.c_proj, d.c_proj)
-    (dout,) = split_heads(hook.backward("attn.heads", dheads), 1, n_head)
+    x, q, k, v, att_tiles, heads = cache
+    dmerged = linear_backward(hook.backward("attn.out", dout), heads, p.c_proj, d.c_proj)
+    (dheads,) = split_heads(hook.backward("attn.heads", dmerged), 1, n_head)
     dq, dk, dv = tiles.apply_backward(
-        scaled_dot_product_attention_backward, dout, q, k, v, att, hook
+        scaled_dot_product_attention_backward, dheads, q, k, v, att_tiles, hook
     )
     dv, dk = hook.backward("attn.v", dv), hook.backward("attn.k", dk)
     dq = hook.backward("attn.q", dq)
-    dqkv = np.concatenate([merge_heads(dx) for dx in (dq, dk, dv)], axis=-1)  # (B, T, 3C)
+    dqkv = np.concatenate([merge_heads(part) for part in (dq, dk, dv)], axis=-1)  # (B, T, 3C)
     return linear_backward(dqkv, x, p.c_attn, d.c_attn)
 
 
@@ -270,22 +271,22 @@ def merge_heads(x: Heads) -> Float[ndarray, "B T H*D"]:
     return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
 
 
-def mlp(x: Stream, p: MLP, hook: NoHook = NO_HOOK) -> tuple[Stream, MLPCache]:
+def mlp(x: Stream, p: MLP, hook: Hook = NO_HOOK) -> tuple[Stream, MLPCache]:
     """Two linear layers with GELU between them, 4C wide inside: (B, T, C) -> (B, T, C).
 
     Vaswani et al. 2017, 3.3, with GELU for ReLU.
     """
     h, x = linear(x, p.c_fc)  # (B, T, 4C)
-    h, fc = gelu(hook("mlp.fc", h))
+    h, gelu_cache = gelu(hook("mlp.fc", h))
     out, h = linear(hook("mlp.gelu", h), p.c_proj)  # (B, T, C)
-    return hook("mlp.out", out), MLPCache(x, fc, h)
+    return hook("mlp.out", out), MLPCache(x, gelu_cache, h)
 
 
-def mlp_backward(dout: Stream, cache: MLPCache, p: MLP, d: MLP, hook: NoHook = NO_HOOK) -> Stream:
+def mlp_backward(dout: Stream, cache: MLPCache, p: MLP, d: MLP, hook: Hook = NO_HOOK) -> Stream:
     """The steps of `mlp` in reverse."""
-    x, fc, h = cache
+    x, gelu_cache, h = cache
     dh = linear_backward(hook.backward("mlp.out", dout), h, p.c_proj, d.c_proj)
-    dh = gelu_backward(hook.backward("mlp.gelu", dh), fc)
+    dh = gelu_backward(hook.backward("mlp.gelu", dh), gelu_cache)
     return linear_backward(hook.backward("mlp.fc", dh), x, p.c_fc, d.c_fc)
 
 
@@ -295,7 +296,7 @@ def block(
     n_head: int,
     positions: Positions,
     past: Past | None = None,
-    hook: NoHook = NO_HOOK,
+    hook: Hook = NO_HOOK,
 ) -> tuple[Stream, BlockCache]:
     """Add attention, then the MLP, to the residual stream: (B, T, C) -> (B, T, C).
 
@@ -312,7 +313,7 @@ def block(
 
 
 def block_backward(
-    dx: Stream, cache: BlockCache, p: Block, d: Block, n_head: int, hook: NoHook = NO_HOOK
+    dx: Stream, cache: BlockCache, p: Block, d: Block, n_head: int, hook: Hook = NO_HOOK
 ) -> Stream:
     """The steps of `block` in reverse: a sum passes its gradient on to both of its terms."""
     dh = mlp_backward(dx, cache.mlp, p.mlp, d.mlp, hook)
@@ -340,8 +341,8 @@ def forward(
     `record`, a dict, receives every activation by name: the residual stream as "embed" and, after
     block 3, "h3"; within the block "h3.attn.att" and the others of `hooks.INNER`; "ln_f" and
     "logits". `edit`, a dict, replaces activations as they are computed, by an array or by what a
-    function makes of them; "h*.attn.heads.5" means head 5 in all blocks. Both use the same shapes,
-    which begin with B only if that of `tokens` does.
+    function makes of them; "h*.attn.heads.5" means head 5 in all blocks. Activations have a batch
+    axis only if `tokens` has one.
     Raises ValueError for an id outside the vocabulary, a position beyond n_ctx, or an unknown name.
     """
     batch, is_single = checks.check_tokens(params, tokens, kv), np.ndim(tokens) == 1
@@ -351,27 +352,28 @@ def forward(
     return logits[0] if is_single else logits
 
 
-NO_CACHES: Caches = deque(maxlen=0)  # keeps nothing: what a forward does without a backward
+NO_CACHES: Caches = deque(maxlen=0)  # keeps nothing: for a forward without a backward
 
 
 def transformer(
     params: Params,
     tokens: Tokens,
     kv: KVCache | None = None,
-    hook: NoHook = NO_HOOK,
+    hook: Hook = NO_HOOK,
     caches: Caches = NO_CACHES,
 ) -> Stream:
-    """Run everything but the LM head: tokens (B, T) -> the output of ln_f, (B, T, C).
+    """Run everything but the LM head, x wte^T: tokens (B, T) -> the output of ln_f, (B, T, C).
 
     `caches` receives what the backward of each layer needs.
     """
     blas.tune_malloc()
     if hook is NO_HOOK and caches is NO_CACHES:
-        hook = hooks.INFERENCE  # so activations need not be kept
+        hook = hooks.INFERENCE  # so that attention weights are not kept
     start = np.zeros(1, int) if kv is None else kv.length
     positions = start[:, None] + np.arange(tokens.shape[1])  # (B or 1, T)
 
     def after(name: str, x: Stream, cache: Any) -> Stream:
+        """Keep the cache of a layer; return its output as the hook leaves it."""
         caches.append(cache)
         return hook(name, x)
 
@@ -385,7 +387,7 @@ def transformer(
 
 
 def transformer_backward(
-    dx: Stream, caches: Caches, params: Params, d: Params, hook: NoHook = NO_HOOK
+    dx: Stream, caches: Caches, params: Params, d: Params, hook: Hook = NO_HOOK
 ) -> None:
     """The layers of `transformer` in reverse; each takes its cache off the end of `caches`."""
     dx = layer_norm_backward(hook.backward("ln_f", dx), caches.pop(), params.ln_f, d.ln_f)
@@ -402,7 +404,7 @@ def transformer_backward(
 def cross_entropy(
     logits: Float[ndarray, "N V"], targets: Integer[ndarray, " N"]
 ) -> tuple[Float[ndarray, " N"], CrossEntropyCache]:
-    """-log softmax(logits)[target] of each row, 0 where the target is IGNORE_INDEX.
+    """-log softmax(logits)[target] of each row; 0 where the target is IGNORE_INDEX, which is -1.
 
     logits (N, V), which it overwrites, targets (N,) -> losses (N,).
     """
@@ -418,7 +420,7 @@ def cross_entropy(
 def cross_entropy_backward(
     dout: Float[ndarray, " N"], cache: CrossEntropyCache
 ) -> Float[ndarray, "N V"]:
-    """dlogits = dout (softmax(logits) - onehot(target)), in place of the logits."""
+    """dlogits = dout (softmax(logits) - onehot(target)), written over cache.exp."""
     exp, total, targets = cache
     dout = np.where(targets == IGNORE_INDEX, 0, dout)
     dlogits = exp
@@ -439,9 +441,9 @@ def lm_head_loss(
 ) -> tuple[Float[ndarray, " N"], Rows | None]:
     """Cross-entropy of the logits x wte^T: x (N, C), targets (N,) -> losses (N,), dx (N, C).
 
-    The mean loss is the sum over n_counted (by default the targets that count). With dwte, adds its
-    gradient for wte to dwte, and returns that for x as dx. Works in blocks of rows, so the (N, V)
-    logits never exist whole.
+    With dwte, adds to it the gradient of sum(losses) / n_counted for wte, and returns that for x;
+    without, dx is None. n_counted is by default the number of targets that count. Works in blocks
+    of rows, so the (N, V) logits never exist whole.
     """
     is_counted = targets != IGNORE_INDEX
     dlosses = is_counted.astype(x.dtype) / (n_counted or max(int(is_counted.sum()), 1))
@@ -484,7 +486,7 @@ def loss_and_grads(
     tokens and targets are (T,) or (B, T); targets of -1 do not count. With `grads`, the gradient
     is added to it, so that several batches accumulate. With `n_counted`, the sum of the losses is
     divided by that, not by the number of targets that count here: so the parts of a batch add up.
-    With `drop`, values are dropped where GPT-2 does: embeddings, attention weights, branches.
+    With `drop`, values are dropped: of embeddings, attention weights and branches.
     `record` and `edit` are those of `forward`, without "logits"; `record_grads`, a dict, receives
     the gradient with respect to each activation, by the same names. An edit by an array or a
     function counts as a constant, unless it has a method `backward`, as `hooks.Add` has.
@@ -510,9 +512,10 @@ def gradient(
     record_grads: Record | None = None,
     edit: Edit | None = None,
 ) -> Params:
-    """Return the gradient of any scalar, given its gradient by the logits of `forward`, `dlogits`.
+    """Return the gradient of any scalar of the logits of `forward`, a Params like `params`.
 
-    The other parameters are those of `loss_and_grads`.
+    `dlogits` is the gradient of the scalar with respect to the logits. The other parameters are
+    those of `loss_and_grads`. Raises ValueError as `forward` does, or for another shape of dlogits.
     """
     batch, is_single = checks.check_tokens(params, tokens, None), np.ndim(tokens) == 1
     dout = checks.check_dlogits(params, tokens, dlogits)
@@ -534,7 +537,7 @@ class KVCache:
 
     `buffer` (L, 2, B, H, n_ctx, D) holds keys and values of every layer, `length` (B,) the number
     of tokens in each row; rows may differ. In float32 it takes 8 B n_ctx n_layer n_embd bytes, 75
-    MB a row for 124M, and touches them only as it fills. Shazeer 2019, arXiv:1911.02150.
+    MB a row for 124M; memory is used only as it fills. Shazeer 2019, arXiv:1911.02150.
     """
 
     def __init__(self, config: Config, batch_size: int = 1, dtype: DTypeLike = np.float32) -> None:
@@ -589,9 +592,10 @@ def next_token_probs(
     ids (Fan et al. 2018, arXiv:1805.04833), top_p the fewest whose probabilities reach p together
     (Holtzman et al. 2019, arXiv:1904.09751); the most probable id is then the first. Of equal
     logits the lower id counts as the more probable, as in argmax. Temperature 0 leaves argmax only.
+    Raises ValueError if the logits are not finite, or a parameter is out of range.
     """
     temperature, top_k, top_p, *_ = checks.check_sampling(temperature, top_k, top_p)
-    best = logits.argmax()  # NaN, if there is one
+    best = logits.argmax()  # the index of a NaN, if there is one
     if not math.isfinite(logits[best]):
         raise ValueError("the logits are not finite: the model is damaged or has diverged")
     if temperature == 0:
@@ -600,11 +604,11 @@ def next_token_probs(
     ids = np.arange(len(logits))
     if top_k is not None or top_p is not None:
         ids = np.argsort(-logits, kind="stable")[:top_k]
-    with np.errstate(over="ignore"):  # a tiny temperature makes all but the best -inf, exp of it 0
+    with np.errstate(over="ignore"):  # a tiny temperature gives -inf for all but the best
         probs = softmax((logits[ids] - logits.max()) / temperature)
     if top_p is not None:
         cumulative = probs.cumsum()
-        n_kept = np.searchsorted(cumulative, top_p * cumulative[-1]) + 1  # up to the one over p
+        n_kept = np.searchsorted(cumulative, top_p * cumulative[-1]) + 1  # up to where p is reached
         ids, probs = ids[:n_kept], probs[:n_kept] / cumulative[n_kept - 1]
     return ids, probs
 
@@ -621,7 +625,8 @@ def sample(
     if temperature == 0:
         return int(ids[0])
     # The first id whose cumulative probability exceeds a random point below the total. An id of
-    # probability 0 is never drawn, since it adds nothing to the sum before it.
+    # probability 0 is never drawn, since it adds nothing to the sum before it. Rounding may lift
+    # the point to the total: then the last id that has a probability is drawn.
     cumulative = probs.cumsum()
     point = rng.random() * cumulative[-1]
     last = np.searchsorted(cumulative, cumulative[-1])
@@ -657,16 +662,16 @@ def generate(
 ) -> Iterator[int] | Iterator[list[int]]:
     """Return an iterator over the ids that follow `tokens`, n_tokens at most.
 
-    `tokens` is a prompt, ids (T,), and each item an int; the iterator ends before the end-of-text
-    id. Or `tokens` is a list of prompts of any lengths, and each item a list of one id for each; a
-    finished prompt repeats it until all have finished. An empty prompt starts from
-    end-of-text. Each prompt gives the same ids as alone: prompt b draws from numpy's
-    default_rng(seed + b). At n_ctx the model re-reads the last half of the window and goes on.
+    For one prompt, ids (T,), it yields ints and ends before the end-of-text id. For a list of
+    prompts of any lengths it yields lists, one id per prompt; a finished prompt repeats end-of-text
+    until all have finished. An empty prompt starts from end-of-text. Each prompt gives the same ids
+    as alone: prompt b draws from numpy's default_rng(seed + b). At n_ctx the model re-reads the
+    last half of the window and goes on.
 
     `eot` is the end-of-text id, by default the last of the vocabulary, as in GPT-2; None if there
-    is none. `n_vocab` leaves out the ids from there on, which a tokenizer may lack. See
+    is none. Ids from `n_vocab` on are never drawn: a tokenizer may lack them. See
     `next_token_probs` and `apply_repetition_penalty` for the sampling parameters. `edit` is that of
-    `forward`: its functions see the prompt first, (1, T, C), then the newest tokens, (B, 1, C).
+    `forward`: its functions see each prompt first, (1, T, C), then the newest tokens, (B, 1, C).
     Raises ValueError for a prompt longer than n_ctx, ids outside the vocabulary, or a sampling
     parameter out of range.
     """
@@ -686,9 +691,9 @@ def decode(
     sampling: Sampling = GREEDY,
     eot: int | None = None,
     n_vocab: int | None = None,
-    hook: NoHook = NO_HOOK,
+    hook: Hook = NO_HOOK,
 ) -> Iterator[tuple[list[int], list[Logits]]]:
-    """Yield, for each new token, an id for each prompt, and the logits that each was drawn from.
+    """Yield, at each step, a new id per prompt, and the logits (n_vocab,) that each was drawn from.
 
     The loop of `generate`, whose parameters these are; it ends after the step in which every prompt
     is at its end-of-text id. The prompts are not empty.
@@ -712,7 +717,7 @@ def decode(
 
 
 def prefill(
-    params: Params, prompts: list[list[int]], kv: KVCache, hook: NoHook = NO_HOOK
+    params: Params, prompts: list[list[int]], kv: KVCache, hook: Hook = NO_HOOK
 ) -> Float[ndarray, "B V"]:
     """Read each prompt into its row of the cache; return the logits (B, V) after its last token.
 
@@ -731,7 +736,7 @@ def prefill(
 
 
 def decode_step(
-    params: Params, texts: list[list[int]], kv: KVCache, hook: NoHook = NO_HOOK
+    params: Params, texts: list[list[int]], kv: KVCache, hook: Hook = NO_HOOK
 ) -> Float[ndarray, "B V"]:
     """Read the newest token of each row; return the logits (B, V) after it.
 
@@ -746,7 +751,7 @@ def decode_step(
 
 
 def next_token_logits(
-    params: Params, tokens: Tokens, kv: KVCache, hook: NoHook = NO_HOOK
+    params: Params, tokens: Tokens, kv: KVCache, hook: Hook = NO_HOOK
 ) -> Float[ndarray, "B V"]:
     """Return the logits (B, V) after the last of tokens (B, T) only: a prompt needs no others."""
     x = transformer(params, tokens, kv, hook)[:, -1]

@@ -62,10 +62,11 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
 
 
 def init_params(config: Config, seed: int = 0) -> Params:
-    """Return new Params: weights from N(0, 0.02), biases 0, gains 1, as GPT-2 starts.
+    """Return new Params: gains 1, biases 0, weights normal with a standard deviation of 0.02.
 
-    The projections back into the residual stream, to which 2 n_layer branches add, are smaller by
-    sqrt(2 n_layer). Radford et al. 2019, section 2.3. The same seed gives the same values.
+    For c_proj it is 0.02 / sqrt(2 n_layer), since 2 n_layer branches add to the residual stream
+    (Radford et al. 2019, section 2.3). OpenAI's code has 0.01 for wpe. The same seed gives the same
+    values.
     """
     params = Params(config)
     rng = np.random.default_rng(seed)
@@ -84,13 +85,13 @@ class TrainConfig:
 
     data: str | None = None  # where the tokens come from, for --resume
     val_data: str | None = None
-    docs: str = "eot"
-    raw: bool = False  # the data are uint16 without a header, as nanoGPT's
+    docs: str = "eot"  # what separates the documents of a text: see corpus.SEPARATORS
+    raw: bool = False  # the data are uint16 ids without a header, like nanoGPT's
     steps: int = 2000
-    batch_size: int = 16  # windows a micro-batch, over all ranks
-    seq_len: int = 128  # tokens a window
-    grad_accum: int = 1  # micro-batches a step
-    order: str = "random"  # of the windows
+    batch_size: int = 16  # windows per batch, over all ranks
+    seq_len: int = 128  # tokens per window
+    grad_accum: int = 1  # batches per step
+    order: str = "random"  # of the windows, or "sequential"
     lr: float = 1e-3  # at its highest
     min_lr: float = 1e-4  # at the end of the decay
     warmup: int = 100  # steps
@@ -105,11 +106,11 @@ class TrainConfig:
     dropout: float = 0.0  # probability, of embeddings, attention weights and branches
     grad_clip: float = 1.0  # the largest norm of the gradient; 0: no limit
     seed: int = 0
-    ranks: int = 1  # of mpiexec, that share a batch; must divide batch_size
+    ranks: int = 1  # processes of mpiexec that share a batch; must divide batch_size
     threads: int = 1  # processes of a rank that share its rows; must divide their number
     eval_every: int = 250  # steps
     patience: int | None = None  # validations without a lower loss that end a run
-    eval_tokens: int = 50_000  # the most that are used each time
+    eval_tokens: int = 50_000  # of the validation data, at most, each time
     save_every: int = 250  # steps
     sample_every: int = 500  # steps
     prompt: str = ""  # of the samples
@@ -149,10 +150,10 @@ class TrainState:
 class DataLoader:
     """Batches of windows of T = seq_len tokens, each token with the next as its target.
 
-    With order "random" each pass over the data cuts it at another offset and takes the windows in
-    another order. Otherwise each takes all of them, first to last; llm.c's loader does the same,
-    except windows at the end that fill no batch. Pass n depends on the seed and n only, so a
-    resumed run needs nothing but the number of the step. Of n ranks, `rank` reads the windows
+    With order "random" each pass cuts the data at a new offset and shuffles the windows. With
+    "sequential" each pass takes all windows in order; llm.c's loader does too, but drops those at
+    the end that do not fill a batch. Pass n depends only on the seed and n, so a resumed run needs
+    only the number of the step. Of n ranks, `rank` reads the windows
     rank, rank + n, ... of each batch: together they read what one alone would.
 
     Raises ValueError if the tokens (N,) are fewer than a batch, B T + 1.
@@ -234,8 +235,8 @@ def train_step(
     """Take one step on the mean gradient of batches; return loss, grad_norm, learning rate.
 
     The gradient is clipped to a norm of grad_clip (Pascanu et al. 2012, arXiv:1211.5063); the norm
-    returned is that before. Raises Diverged, a ValueError, with the parameters as they were, if the
-    loss or the gradient is not finite, and ValueError for read-only parameters.
+    returned is the one before. Raises Diverged, a ValueError, if the loss or the gradient is not
+    finite, and leaves the parameters as they were; ValueError if they are read-only.
     """
     config, params, group = state.config, state.params, workers.group
     check_writable(params)
@@ -280,10 +281,10 @@ def evaluate(
 def save_checkpoint(
     folder: str | Path, state: TrainState, group: ProcessGroup | None = None
 ) -> None:
-    """Write model.bin, for everyone, and state.npz, from which a run goes on, each atomically.
+    """Write model.bin, for any program, and state.npz, to resume from, each atomically.
 
-    state.npz holds the parameters too: whenever the process dies, it is of one step throughout.
-    All ranks call this, and rank 0 writes; the files do not tell how many there are.
+    state.npz holds the parameters too, so that all of it is from one step whenever the process
+    dies. All ranks call this, and rank 0 writes; the files do not depend on their number.
     """
     group, params, optimizer = group or ProcessGroup(), state.params, state.optimizer
     meta = {name: vars(state)[name] for name in ("step", "best_loss", "best_step", "data")}
@@ -291,7 +292,7 @@ def save_checkpoint(
     shards = group.broadcast_shards if optimizer.is_sharded else lambda array: iter([array])
     arrays = {"params": [params.flat], "m": shards(optimizer.m), "v": shards(optimizer.v)}
     if group.rank > 0:
-        for _ in itertools.chain(*arrays.values()):
+        for _ in itertools.chain(*arrays.values()):  # takes part in the broadcasts
             pass
         return
     checkpoint.save_state(folder, meta, arrays, params.flat.size)
@@ -323,10 +324,10 @@ def train(
     out: Path,
     workers: DataParallel,
 ) -> None:
-    """Take the steps that are left of a run, in place; write its log and checkpoints to `out`.
+    """Take the remaining steps of a run, in place; write its log and checkpoints to `out`.
 
-    All ranks learn and validate, rank 0 also samples and logs. Ctrl-C on any rank ends the loop
-    between two steps, with a checkpoint; so does an error, where that can be.
+    All ranks learn and validate; rank 0 also samples and logs. Ctrl-C on any rank ends the loop
+    between two steps and saves a checkpoint; after an error `saved_on_error` saves one if it can.
     """
     config, group, lengths = state.config, workers.group, datasets.token_lengths(enc)
     reports = group.rank == 0
@@ -447,7 +448,7 @@ def make_state(args: Namespace, enc: Encoder, data: dict[str, str]) -> TrainStat
 
 
 def time_step(args: Namespace, tokens: Tokens, model: Config) -> float:
-    """Return the seconds of a step of a new model, for --minutes."""
+    """Return the seconds of a step of a new model, for --minutes; inf if it does not fit."""
     config = make_config(args, model)
     if planning.memory(model, config, gpt2.LM_HEAD_ROWS) > planning.memory_limit(args.group):
         return math.inf

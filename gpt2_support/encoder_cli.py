@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     Counts: TypeAlias = tuple[int, int, int]  # of tokens, documents and bytes
 
 TOKENIZER_HELP = (
-    "a tokenizer.bin, tokenizer.json or encoder.json, a folder with one, or the name of a model in "
-    "models/"
+    "a tokenizer.bin, tokenizer.json or encoder.json, a folder with one, or the name of a model, "
+    "whose tokenizer is downloaded if it is missing"
 )
 
 
@@ -47,8 +47,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments of `python encoder.py`."""
     parser = cli.ArgumentParser(
         prog="encoder.py",
-        description="Learn a tokenizer from text, and encode text to token ids for training. Each "
-        "command has a --help of its own.",
+        description="Learn a tokenizer from text, encode text to token ids for training, show "
+        "tokens, decode ids. Each command has a --help of its own.",
         examples=[
             "python encoder.py train stories.txt --out tokenizer.bin",
             "python encoder.py encode stories.txt --tokenizer 124M --out stories.bin",

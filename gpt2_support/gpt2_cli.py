@@ -46,7 +46,7 @@ def make_parser() -> cli.ArgumentParser:
     add("--stop", action="append", type=cli.text, default=[], help="end before this text; may be "
         "repeated (default: end at the end-of-text token only)")  # fmt: skip
     add("--n_samples", type=positive, default=1, help="continuations to write")
-    add("--interactive", action="store_true", help="read a prompt a line until end of input; "
+    add("--interactive", action="store_true", help="read one prompt per line until end of input; "
         "Ctrl-C ends an answer")  # fmt: skip
     add("--conversation", action="store_true", help="with --interactive: each prompt continues the "
         "lines and answers before it")  # fmt: skip

@@ -60,7 +60,7 @@ def row_blocks(array: Float[ndarray, "M _"]) -> list[Float[ndarray, "m _"]]:
 
 
 class ProcessEnded(Exception):
-    """A process has ended for which this one waits."""
+    """A process that this one waits for has ended."""
 
 
 @contextlib.contextmanager
@@ -90,7 +90,7 @@ class Turns:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Within, what the calling thread adds, it adds in its turn. Begins a new gradient."""
+        """Within the block, the calling thread adds in its turn. Begins a new gradient."""
         self.n_added = self.n_heard = 0
         self.n_added_to.clear()
         _local.turns = self

@@ -36,11 +36,11 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
 
 HEADED = ("attn.q", "attn.k", "attn.v", "attn.att", "attn.heads")
 INNER = ("ln_1", *HEADED, "attn.out", "ln_2", "mlp.fc", "mlp.gelu", "mlp.out")
-DROPPED = ("embed", "attn.att", "attn.out", "mlp.out")  # where GPT-2 has dropout
+DROPPED = ("embed", "attn.att", "attn.out", "mlp.out")  # where Hugging Face's GPT-2 has dropout
 
 
-class NoHook:
-    """Hook points that nobody uses."""
+class Hook:
+    """A hook that changes nothing; the base of Hooks."""
 
     is_recording = False
 
@@ -49,10 +49,10 @@ class NoHook:
         return x
 
     def backward(self, name: str, dx: ndarray) -> ndarray:
-        """Return the gradient for what was computed, from dx, that for what `__call__` returned."""
+        """Return the gradient of what `__call__` was given, from dx, that of what it returned."""
         return dx
 
-    def within(self, block: str) -> NoHook:
+    def within(self, block: str) -> Hook:
         """Return the hook for the names within a block."""
         return self
 
@@ -61,11 +61,11 @@ class NoHook:
         return False
 
 
-NO_HOOK = NoHook()
-INFERENCE = NoHook()  # NO_HOOK where no backward follows: activations need not be kept
+NO_HOOK = Hook()
+INFERENCE = Hook()  # NO_HOOK where no backward follows: activations need not be kept
 
 
-class Hooks(NoHook):
+class Hooks(Hook):
     """Hook points at which `edit` and `drop` change activations, and two dicts receive them.
 
     `edit` is {name or pattern: array or function}, `record` receives activations as the model goes
@@ -157,7 +157,7 @@ def make(
     record_grads: Record | None = None,
     drop: Dropout | None = None,
     logits: bool = True,
-) -> NoHook:
+) -> Hook:
     """Return Hooks, or NO_HOOK if there is nothing to edit, to record or to drop."""
     if edit is record is record_grads is drop is None:
         return NO_HOOK
@@ -179,7 +179,7 @@ class Add:
 
 
 class Scale:
-    """An edit that multiplies by a number or an array: x -> x factor; 0 takes a thing away."""
+    """An edit that multiplies by a number or an array: x -> x factor; 0 removes it."""
 
     def __init__(self, factor: ArrayLike) -> None:
         self.factor = np.asarray(factor)

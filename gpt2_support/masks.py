@@ -1,4 +1,4 @@
-"""The masks of dropout: what they drop depends on a seed only, so a resumed run draws the same."""
+"""The masks of dropout. They depend only on a seed, so a resumed run draws the same ones."""
 
 from __future__ import annotations
 

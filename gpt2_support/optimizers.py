@@ -1,8 +1,8 @@
 """The optimizers: how a gradient changes the parameters. AdamW, and Muon for the matrices.
 
-Each has its formula in a pure function, `adamw_update` and `muon_update`, and a class that keeps
-what it remembers from step to step (m, v) and shares the parts of the packed buffer among threads
-and ranks. `c` are the settings, a train.TrainConfig.
+Each has its formula in one function, `adamw_update` or `muon_update`, and a class that keeps its
+state between steps (m, v) and shares the parts of the packed buffer among threads and ranks. `c`
+is a train.TrainConfig.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def adamw_update(
 
     The spans of p tell which values decay; for the others weight_decay is 0. m' = m / (1 - beta1^t)
     and v' = v / (1 - beta2^t) make up for the start from zero. Kingma and Ba 2014,
-    arXiv:1412.6980; the decay apart: Loshchilov and Hutter 2017, arXiv:1711.05101.
+    arXiv:1412.6980; decoupled weight decay: Loshchilov and Hutter 2017, arXiv:1711.05101.
     """
     blas.axpby(scale * (1 - c.beta1), g, c.beta1, m)
     square = g * g
@@ -69,7 +69,7 @@ def muon_update(p: Matrices, g: Matrices, m: Matrices, lr: float, c: Any, scale:
         p <- p - lr weight_decay p - lr sqrt(max(1, O / I)) orthogonalize(g + momentum m)
 
     g + momentum m looks a step ahead (Nesterov). AdamW scales each value by itself; Muon changes a
-    matrix in all directions alike, also in those that gradients seldom have. Jordan et al. 2024,
+    matrix in all directions alike, including those that are rare in gradients. Jordan et al. 2024,
     "Muon: An optimizer for hidden layers in neural networks", kellerjordan.github.io/posts/muon;
     the decay: Liu et al. 2025, "Muon is scalable for LLM training", arXiv:2502.16982.
     """
@@ -84,14 +84,14 @@ def muon_update(p: Matrices, g: Matrices, m: Matrices, lr: float, c: Any, scale:
 
 
 def orthogonalize(x: Matrices) -> Matrices:
-    """Return about u w^T of x = u s w^T, its singular value decomposition: s becomes 0.7 to 1.2.
+    """Return about u w^T, where x = u s w^T is the singular value decomposition of x.
 
-    Five steps of Newton and Schulz from x / |x|, whose singular values are at most 1:
+    Five Newton-Schulz steps from x / |x| bring its singular values, at most 1, to 0.7 to 1.2:
 
         x <- (a + b x x^T + c (x x^T)^2) x           a = 3.4445, b = -4.775, c = 2.0315
 
-    Each takes all singular values through one polynomial. Jordan's a, b, c bring small ones up
-    fast, and none to 1 exactly. A matrix of zeros stays as it is.
+    Each step applies one polynomial to every singular value. Jordan's a, b, c raise small ones
+    fast, and bring none exactly to 1. A matrix of zeros stays as it is.
     """
     is_tall = x.shape[-2] > x.shape[-1]
     x = transpose(x) if is_tall else x
@@ -104,7 +104,7 @@ def orthogonalize(x: Matrices) -> Matrices:
 
 
 def newton_schulz(gram: Matrices, n_steps: int) -> Matrices:
-    """Return what the x of gram = x x^T is multiplied by in n_steps steps: q_n ... q_2 q_1.
+    """Return the matrix by which n_steps steps multiply x, given gram = x x^T: q_n ... q_2 q_1.
 
     q = a + b gram + c gram^2 takes x to q x, and so gram to q gram q. All of them are symmetric and
     commute. So a wide x is read twice, not five times. In more than 3 steps rounding errors grow.

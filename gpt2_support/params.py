@@ -51,7 +51,7 @@ class Config:
 
 
 def whole_number(value: object) -> int | None:
-    """Return a whole number of any type as an int; None for any other value, also a bool."""
+    """Return a whole number of any type as an int; None for any other value, including a bool."""
     try:
         return None if isinstance(value, bool | np.bool_) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -211,7 +211,7 @@ def zeros(config: Config) -> Float[ndarray, " N"]:
     try:
         return np.zeros(n_params(config), np.float32)
     except (MemoryError, ValueError, OverflowError) as error:
-        raise MemoryError(f"{config} has {n_params(config):,} parameters: {error}") from None
+        raise MemoryError(f"{config} needs {n_params(config):,} values: {error}") from None
 
 
 def name_views(config: Config, flat: Float[ndarray, " N"]) -> Views:

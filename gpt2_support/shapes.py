@@ -1,7 +1,7 @@
 """The arrays in signatures: a name for each shape, for readers and checkers.
 
-B batch, T queries, S keys, C channels, H heads, D = C / H, V vocabulary, N rows of any number. A
-name that two arguments share has the same length in both; *N stands for any number of dimensions.
+B batch, T tokens (one query each), S keys, C channels, H heads, D = C / H, V vocabulary, N rows. A
+name that two arguments share has the same length in both; *N stands for any number of axes.
 """
 
 from __future__ import annotations

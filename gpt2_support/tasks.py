@@ -172,7 +172,7 @@ def harness_text(text: str) -> str:
 def lambada_figures(scores: Sequence[list[Score]]) -> list[Figure]:
     """Return the accuracy of the whole word, that of its last token, and the word's perplexity.
 
-    GPT-2's paper counts the last token, which the tokens of the word before it may give away.
+    GPT-2's paper seems to count the last token, which those before it in the word may give away.
     """
     words = [score for (score,) in scores]
     nats = mean("nats", [float(score.nats.sum(dtype=np.float64)) for score in words])

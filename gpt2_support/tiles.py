@@ -1,7 +1,7 @@
 """Attention in tiles: some heads and a block of queries at a time, in threads.
 
 A tile compares its queries only with the keys that they may see, so that half of the work of a
-long sequence is left out, and its scores fit the cache. The operation itself is the caller's.
+long sequence is left out, and its scores fit the processor's cache. The caller gives the operation.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from gpt2_support import blas
-from gpt2_support.hooks import INFERENCE, NO_HOOK, NoHook
+from gpt2_support.hooks import INFERENCE, NO_HOOK, Hook
 
 if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the program runs
     from collections.abc import Callable
@@ -41,11 +41,11 @@ def apply(
     k: Keys,
     v: Keys,
     positions: Integer[ndarray, "#B T"],
-    hook: NoHook = NO_HOOK,
+    hook: Hook = NO_HOOK,
 ) -> tuple[Heads, list[Tile]]:
-    """Return out (B, H, T, D) of attention(q, k, v, positions, hook) -> out, att, and its tiles.
+    """Return attention(q, k, v, positions), (B, H, T, D), computed in tiles, and the tiles.
 
-    A hook that changes the weights receives them whole, in one tile.
+    Under INFERENCE no tiles are kept. A hook that changes the weights receives them whole, in one.
     """
     B, H, T, D = q.shape
     if hook.is_whole("attn.att"):
@@ -76,9 +76,9 @@ def apply_backward(
     k: Keys,
     v: Keys,
     tiles: list[Tile],
-    hook: NoHook = NO_HOOK,
+    hook: Hook = NO_HOOK,
 ) -> tuple[Heads, Keys, Keys]:
-    """Return dq, dk, dv of attention_backward(dout, (q, k, v, att), hook) -> dq, dk, dv."""
+    """Return dq, dk, dv from `attention_backward`, summed over the tiles."""
     if hook.is_whole("attn.att"):
         return attention_backward(dout, (q, k, v, tiles[0].att), hook)
     dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)

@@ -100,7 +100,9 @@ def make_parser(
         ("docs", [*docs], "what a document of a text is: see encoder.py encode"),
     )  # fmt: skip
     group.add_argument(
-        "--raw", action="store_true", help="--data is nanoGPT's train.bin: uint16, without a header"
+        "--raw",
+        action="store_true",
+        help="--data and --val_data are nanoGPT's .bin files: uint16, no header",
     )
     add_group(
         "model",
@@ -155,7 +157,7 @@ def make_parser(
          "which the mean is divided"),
         ("weight_decay", number, "decay of the matrices, times their rate"),
         ("dropout", cli.below_1, "probability that a value is dropped, of embeddings, attention "
-         "weights and branches: for texts that are read many times (GPT-2: 0.1)"),
+         "weights and branches: for texts that are read many times, 0.1 for example"),
         ("grad_clip", number, "the largest norm of the gradient; 0: no limit"),
         ("threads", positive, "processes that share a batch, one BLAS thread each; the last bits "
          "depend on their number (default: the fastest, measured)"),

@@ -117,7 +117,7 @@ def add_convert(commands: Commands) -> None:
         ],
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", type=path, help="a folder, or a model .bin file")
+    add("source", metavar="SOURCE", type=path, help="a folder, a model .bin or a .safetensors file")
     add("target", metavar="TARGET", type=path, help="the folder to write")
     add(
         "--to",
