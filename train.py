@@ -284,7 +284,7 @@ def save_checkpoint(
     """Write model.bin, for any program, and state.npz, to resume from, each atomically.
 
     state.npz holds the parameters too, so that all of it is from one step whenever the process
-    dies. All ranks call this, and rank 0 writes; the files do not depend on their number.
+    dies. All ranks call this, and rank 0 writes.
     """
     group, params, optimizer = group or ProcessGroup(), state.params, state.optimizer
     meta = {name: vars(state)[name] for name in ("step", "best_loss", "best_step", "data")}
@@ -363,7 +363,7 @@ def train(
                 if evaluation.loss <= state.best_loss:  # equal: this step is taken again
                     state.best_loss, state.best_step = evaluation.loss, state.step
                     if reports:
-                        checkpoint.save_best(run.current / "best", state.params, evaluation.loss)
+                        checkpoint.save_best(run.current, state.params, evaluation.loss, state.data)
             log.add(state.step, loss, lr, grad_norm, tokens_per_second, *scores)
 
             if reports and is_due(config.sample_every):
@@ -432,8 +432,7 @@ def make_state(args: Namespace, enc: Encoder, data: dict[str, str]) -> TrainStat
         state.config = make_config(args, shape)
         if state.data and state.data["val_data"] != data["val_data"]:  # losses of other data
             state.best_loss, state.best_step = math.inf, state.step
-        else:
-            state.best_loss = min(state.best_loss, checkpoint.best_loss(args.out))
+        state.best_loss = min(state.best_loss, checkpoint.best_loss(args.out, data))
         state.data = data
         return state
     if args.init == "scratch":
@@ -449,10 +448,12 @@ def make_state(args: Namespace, enc: Encoder, data: dict[str, str]) -> TrainStat
 
 def time_step(args: Namespace, tokens: Tokens, model: Config) -> float:
     """Return the seconds of a step of a new model, for --minutes; inf if it does not fit."""
-    config = make_config(args, model)
-    if planning.memory(model, config, gpt2.LM_HEAD_ROWS) > planning.memory_limit(args.group):
+    config, group = make_config(args, model), args.group if args.shard else ProcessGroup()
+    need = planning.memory(model, config, gpt2.LM_HEAD_ROWS, n_sharing=group.size)
+    if need > planning.memory_limit(args.group):
         return math.inf
-    state, batch = TrainState(Params(model), config), DataLoader(tokens, config).batch(0)
+    params, batch = Params(model), DataLoader(tokens, config).batch(0)
+    state = TrainState(params, config, optimizer=make_optimizer(config.optimizer, params, group))
     return planning.fastest_step(gpt2.loss_and_grads, state, batch, args)[1]
 
 

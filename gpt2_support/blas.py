@@ -60,11 +60,12 @@ def tune_malloc() -> None:
     Returned memory comes back as fresh pages that the system must zero. That costs a tenth to a
     quarter of a training step, and a third of a first long prompt.
     """
-    trim_threshold, mmap_threshold, arena_max, gigabyte = -1, -3, -8, 1 << 30  # from malloc.h
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # from malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(arena_max, 1)  # one heap for all threads
-        mallopt(mmap_threshold, gigabyte)
+        # Before glibc 2.35 the most is 32 MB, and a larger number changes nothing.
+        mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 32 << 20)
         mallopt(trim_threshold, -1)  # never
 
 
@@ -191,16 +192,16 @@ def parallel_for(function: Callable[[slice], object], n: int, work: int) -> None
         function(first)
         return
     with one_thread():
-        futures = [thread_pool(len(others)).submit(function, part) for part in others]
+        futures = [thread_pool().submit(function, part) for part in others]
         function(first)
         for future in futures:
             future.result()
 
 
 @functools.cache
-def thread_pool(n: int) -> ThreadPoolExecutor:
-    """Return n threads that wait for work."""
-    return ThreadPoolExecutor(n)
+def thread_pool() -> ThreadPoolExecutor:
+    """Return threads that wait for work; they start when they are needed first."""
+    return ThreadPoolExecutor(os.cpu_count())
 
 
 if hasattr(os, "register_at_fork"):  # a forked process has no thread but the one that forked

@@ -156,24 +156,33 @@ def check_data(folder: Path, before: Any, now: dict[str, str]) -> None:
 # The best model, with its loss beside it: the checkpoint that a run goes on from may be older
 
 
-def save_best(folder: Path, params: Params, val_loss: float) -> None:
-    """Write model.bin and its validation loss; the renames follow each other at once.
+def save_best(
+    folder: Path, params: Params, val_loss: float, data: dict[str, str] | None = None
+) -> None:
+    """Write best/ of a run's folder: model.bin, and its validation loss on a run's `data`.
 
-    The loss comes first: after a kill between the two, the same step writes the same again.
+    The renames follow each other at once. The loss comes first: after a kill between the two, the
+    same step writes the same again.
     """
-    with atomic_write(folder / "model.bin") as file:
+    with atomic_write(folder / "best" / "model.bin") as file:
         llmc.write_model(file, params.config, params.named.__getitem__)
         sync(file)
-        with atomic_write(folder / BEST_LOSS) as small:
-            small.write(json.dumps({"val_loss": val_loss}).encode() + b"\n")
+        with atomic_write(folder / "best" / BEST_LOSS) as small:
+            facts = {"val_loss": val_loss, "val_data": data and data["val_data"]}
+            small.write(json.dumps(facts).encode() + b"\n")
 
 
-def best_loss(folder: Path) -> float:
-    """Return the validation loss of the best model of a run's folder, infinity if none is known."""
+def best_loss(folder: Path, data: dict[str, str] | None = None) -> float:
+    """Return the validation loss of the best model of a run's folder.
+
+    Infinity if none is known, or if it is that of other validation data than a run's `data`.
+    """
     path = folder / "best" / BEST_LOSS
     if path.exists() and path.with_name("model.bin").exists():
         try:
-            return float(read_json(path)["val_loss"])
+            facts = read_json(path)
+            is_other = data and facts.get("val_data") not in (None, data["val_data"])
+            return math.inf if is_other else float(facts["val_loss"])
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             info(f"{path}: ignored, it holds no loss: {preview(str(error))}")
     return math.inf

@@ -72,7 +72,7 @@ class DataParallel:
 
     Each of n_procs runs the whole model on its rows of the batch, with one BLAS thread, so that the
     elementwise work is shared as well as the matrix products. They add to one gradient by turns. A
-    process alone leaves the products to all BLAS threads. Several read `params`, a copy in memory
+    process alone leaves large products to all BLAS threads. Several read `params`, a copy in memory
     that they share: train that, so that nothing need be copied at each step. They import the
     program, so it has to be a file that begins its work under `if __name__ == "__main__":`.
     """

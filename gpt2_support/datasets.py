@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from gpt2_support import cli, corpus, folders, huggingface_hub
+from gpt2_support.distributed import usable_cores
 from gpt2_support.files import file_hash, hold_lock
 from gpt2_support.formats import llmc, nanogpt
 from gpt2_support.http import Effort, fetch, public
@@ -236,7 +237,7 @@ def encode_text(text: Path, enc: Encoder, docs: str) -> Path:
     if not path.exists():
         make_folder(path.parent)
         info(f"{path}: encoding {text}")
-        n_procs = os.cpu_count() or 1
+        n_procs = len(usable_cores())
         check = functools.partial(check_unchanged, text, digest)
         corpus.encode_files(enc, [text], path, docs, n_procs, before_rename=check)
     return path

@@ -23,14 +23,21 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 
+def usable_cores() -> set[int]:
+    """Return the numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux, where a job may have a part of a machine
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 class ProcessGroup:
     """The processes that train together; this one is a group of one process.
 
     All processes call the same methods in the same order, as with torch.distributed.
     """
 
-    rank, size = 0, 1
-    n_cores = os.cpu_count() or 1  # that this process may use
+    rank, size, n_ranks_here = 0, 1, 1  # on this machine
+    n_cores = len(usable_cores())  # this process's part of the machine
 
     def __enter__(self) -> ProcessGroup:
         return self
@@ -113,11 +120,10 @@ class MPIProcessGroup(ProcessGroup):
 
     def _divide_cores(self) -> None:
         """Leave BLAS no more than this rank's part of the cores of its machine."""
-        n_ranks_here = self.comm.Split_type(self.mpi.COMM_TYPE_SHARED).size
-        n_allowed = n_cores = ProcessGroup.n_cores
-        if hasattr(os, "sched_getaffinity"):
-            n_allowed = len(os.sched_getaffinity(0))
-        self.n_cores = max(1, min(n_allowed, n_cores // n_ranks_here))
+        here, cores = self.comm.Split_type(self.mpi.COMM_TYPE_SHARED), usable_cores()
+        n_together = len(set().union(*here.allgather(cores)))
+        self.n_ranks_here = here.size
+        self.n_cores = max(1, min(len(cores), n_together // here.size))
         blas.set_threads(min(blas.get_threads(), self.n_cores))
 
     def __exit__(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2_support import cli, corpus, datasets, folders
+from gpt2_support.distributed import usable_cores
 from gpt2_support.formats.token_table import EOT_TEXT, FILE_NAMES
 from gpt2_support.messages import info, preview, write
 from gpt2_support.prompts import standard_input, without_line_end
@@ -121,7 +121,7 @@ def add_encode_command(commands: argparse._SubParsersAction) -> cli.ArgumentPars
             "    --docs lines --out names.bin",
         ],
     )
-    add, n_procs = parser.add_argument, os.cpu_count() or 1
+    add, n_procs = parser.add_argument, len(usable_cores())
     add("--tokenizer", type=cli.name, default="124M", help=TOKENIZER_HELP)
     add("--out", type=cli.path, required=True, help="the file to write (required); the tokenizer "
         "goes beside it, for train.py: stories.tokenizer.bin for stories.bin")  # fmt: skip

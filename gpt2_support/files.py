@@ -88,7 +88,8 @@ def sync(file: IO[Any]) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary files of `path` that no living process holds the lock of."""
-    for temporary in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+    digits = 16 * "[0-9a-f]"  # as in `open_temporary`: no name that a user would choose
+    for temporary in path.parent.glob(f"{glob.escape(path.name)}.{digits}.tmp"):
         with contextlib.suppress(OSError), open(temporary, "r+b") as file:
             if try_lock(file, without_locks=False):
                 if sys.platform == "win32":  # which removes no open file

@@ -223,16 +223,19 @@ def time_update(optimizer: AdamW, params: Params, config: Any, workers: DataPara
     """
     zeros = Params(params.config, np.zeros(params.flat.shape, params.flat.dtype))  # not touched yet
     other = type(optimizer)(zeros, optimizer.shard)
-    one_in = -(-other.m.size // TIMED)
+    one_in = max(1, -(-other.m.size // TIMED))  # a shard may be empty
 
     def sample(work: Callable[[int, int], object]) -> list:
-        return workers.parallel(lambda i, n: work(i, n * one_in))
+        def part(i: int, n: int) -> None:
+            with np.errstate(all="ignore"):  # of this thread
+                work(i, n * one_in)
+
+        return workers.parallel(part)
 
     seconds = []
     for t in (1, 2):  # the first also fetches memory
         start = time.perf_counter()
-        with np.errstate(all="ignore"):
-            other.step(zeros, workers.grads, config.lr, t, config, 1.0, sample)
+        other.step(zeros, workers.grads, config.lr, t, config, 1.0, sample)
         seconds.append(max(workers.group.all_gather(time.perf_counter() - start)))
     return one_in * min(seconds)
 
@@ -245,9 +248,10 @@ BLOCK = 1 << 18  # values: few enough for the cache, but so many that threads do
 
 
 def blocks(spans: list[Span], shard: slice) -> list[tuple[slice, list[Span]]]:
-    """Cut what a shard has of some spans into equal blocks for AdamW, which threads share.
+    """Cut what a shard has of some spans into blocks for AdamW, which threads share.
 
-    Each is (its slice of the shard, its spans): many that are short, or a part of a long one.
+    Those of a stretch are equal. Each is (its slice of the shard, its spans): many that are short,
+    or a part of a long one.
     """
     blocks, spans = [], cut(spans, shard.start, shard.stop)
     for first, end in stretches(spans):

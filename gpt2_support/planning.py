@@ -118,13 +118,13 @@ def default_warmup(n_steps: int) -> int:
     return min(100, n_steps // 10)
 
 
-def memory(model: Config, config: Any, head_rows: int, n_moments: int | None = None) -> int:
+def memory(model: Config, config: Any, head_rows: int, n_sharing: int = 1) -> int:
     """Return about how many bytes a rank needs: parameters, gradients, moments, activations.
 
-    config is a train.TrainConfig, head_rows gpt2's; n_moments are the values of m and v, each.
+    config is a train.TrainConfig, head_rows gpt2's; n_sharing ranks share the moments (--shard).
     """
     n = n_params(model)
-    buffers = 2 * n + 2 * (n if n_moments is None else n_moments)
+    buffers = 2 * n + 2 * n // n_sharing
     n_rows = config.batch_size // config.ranks * config.seq_len
     per_row = model.n_layer * (20 * model.n_embd + model.n_head * config.seq_len)
     logits = config.threads * min(head_rows, n_rows // config.threads) * model.n_vocab
@@ -140,7 +140,7 @@ def memory_limit(group: ProcessGroup) -> float:
         n_bytes = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):  # on Windows
         n_bytes = math.inf
-    return min(group.all_gather(n_bytes)) / 2 / group.size
+    return min(group.all_gather(n_bytes / group.n_ranks_here)) / 2
 
 
 # ----------------------------------------------------------------------------------------------
@@ -194,13 +194,13 @@ def choose_vocabulary(args: Namespace, text: Path) -> None:
 def choose_batch(args: Namespace, model: Config, n_tokens: int, n_steps: float = 1.0) -> None:
     """Choose --batch_size: by BATCHES, doubled until n_steps become MAX_STEPS at most.
 
-    n_tokens are those of the text, which has to fill a batch.
+    n_tokens are those of the text, which has to fill a batch. Ranks and --threads can share it.
     """
-    seq_len, ranks = args.seq_len or model.n_ctx, args.group.size
+    seq_len, n_shares = args.seq_len or model.n_ctx, args.group.size * (args.threads or 1)
     n_doubled = math.ceil(math.log2(max(1, n_steps / MAX_STEPS)))
     per_step = look_up(BATCHES, model.n_vocab) * 2**n_doubled
     n_windows = min(per_step, n_tokens - 1) // seq_len
-    choose(args, args, batch_size=max(1, n_windows // ranks) * ranks)
+    choose(args, args, batch_size=max(1, n_windows // n_shares) * n_shares)
 
 
 def plan_model(

@@ -105,16 +105,11 @@ class RunLog:
         self.bar.write(printable(text, file), file=file)
 
 
-def read_log(path: str | Path) -> list[Row]:
-    """Return the rows of a log.csv; none if there is no such file.
+def iterate_log(path: str | Path) -> Iterator[Row]:
+    """Yield the rows of a log.csv; none if there is no such file.
 
     Leaves out a last row that was cut short. Raises ValueError for any other line that is no row.
     """
-    return list(iterate_log(path))
-
-
-def iterate_log(path: str | Path) -> Iterator[Row]:
-    """Yield what `read_log` returns."""
     if not Path(path).exists():
         return
     text = Path(path).read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")

@@ -208,7 +208,7 @@ def parse_args(
 ) -> Namespace:
     """Parse the command line; --resume takes the settings of the run as defaults.
 
-    --threads, too, if there are as many ranks as before; otherwise it is chosen anew.
+    --threads, too, if ranks and batch are as before; otherwise it is chosen anew.
     """
     args = parser.parse_args(argv)
     if args.resume:
@@ -216,7 +216,7 @@ def parse_args(
             parser.error("--resume needs --out, the folder of the run")
         state = load_checkpoint(out_folder(args), group if args.shard else None)
         settings = asdict(state.config)
-        if state.config.ranks != group.size:
+        if state.config.ranks != group.size or "batch_size" in parser.given(argv):
             settings["threads"] = None
         parser.set_defaults(state=state, **settings, **asdict(state.params.config))
     else:
@@ -225,6 +225,8 @@ def parse_args(
     args.given, args.started = parser.given(argv), time.perf_counter()
     check_args(parser, args, args.given)
     args.out, args.group = out_folder(args), group
+    if args.shard and group.size == 1:
+        info("--shard: there is one rank, which has nobody to share with")
     return args
 
 
@@ -297,8 +299,6 @@ def fit_to_model(args: Namespace, model: Config) -> dict[str, Any]:
     Raises BadArgument for flags that do not fit them, or the run that they resume.
     """
     group, n_ctx = args.group, model.n_ctx
-    if args.shard and group.size == 1:
-        info("--shard: there is one rank, which has nobody to share with")
     seq_len = args.seq_len or (n_ctx if args.init == "scratch" else min(n_ctx, 256))
     if seq_len > n_ctx:
         raise BadArgument(f"--seq_len {seq_len} exceeds n_ctx = {n_ctx}")
@@ -374,7 +374,7 @@ def describe(state: Any, n_tokens: int, seconds: float, head_rows: int) -> None:
     ranks, threads = config.ranks, config.threads
     who = f" in each of {ranks} ranks" if ranks > 1 else ""
     n_params = sum(math.prod(shape) for _, shape in named_shapes(model))  # without the padding
-    n_bytes = memory(model, config, head_rows, state.optimizer.m.size)
+    n_bytes = memory(model, config, head_rows, ranks if state.optimizer.is_sharded else 1)
     info(
         f"{n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} "
         f"channels, {model.n_ctx} tokens of context, a vocabulary of {model.n_vocab}\n"

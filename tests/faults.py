@@ -122,7 +122,7 @@ class Train:
         run = train.load_checkpoint(self.out)
         assert run.step >= self.last_step, f"step {run.step} after step {self.last_step}"
         self.last_step = run.step
-        assert len(runlog.read_log(self.out / "log.csv")) >= run.step
+        assert len([*runlog.iterate_log(self.out / "log.csv")]) >= run.step
         for path in self.out.rglob("model.bin"):
             assert llmc.load_params(path).config == run.params.config
         assert run.step == 1 or (self.out / "model.bin").exists(), "model.bin is gone"
@@ -131,7 +131,7 @@ class Train:
         """What must be equal in the end: all but the times of the steps and of the files."""
         run, files = train.load_checkpoint(self.out), read_files(self.out)
         arrays = (run.params.flat, run.optimizer.m, run.optimizer.v)
-        rows = runlog.read_log(self.out / "log.csv")
+        rows = [*runlog.iterate_log(self.out / "log.csv")]
         log = [(row["step"], row["loss"], row["lr"], row["val_loss"]) for row in rows]
         models = {name: data for name, data in files.items() if name.endswith(".bin")}
         kept = (run.step, run.best_loss, run.config, log, sorted(files), models)

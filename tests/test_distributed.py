@@ -87,7 +87,7 @@ def fish(text):
 
 
 def losses(out):
-    rows = runlog.read_log(out / "log.csv")
+    rows = [*runlog.iterate_log(out / "log.csv")]
     return [float(row[name]) for row in rows for name in ("loss", "val_loss") if row[name]]
 
 
@@ -474,7 +474,7 @@ def test_command_saves_and_exits_when_one_rank_hears_ctrl_c(mpi, fish, text):
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
     step = train.load_checkpoint(out).step
-    assert step == len(runlog.read_log(out / "log.csv")) >= 20
+    assert step == len([*runlog.iterate_log(out / "log.csv")]) >= 20
     (command,) = re.findall(f"saved at step {step}; go on with: (.*)", done.stderr)
     words = shlex.split(command)
     assert words[:4] == ["mpiexec", "-n", "2", "python"] and words[5:7] == ["--resume", "--out"]

@@ -84,10 +84,10 @@ def test_kill_between_the_files_of_the_last_checkpoint_is_mended(tmp_path):
 
 
 def test_temporary_file_of_a_dead_process_goes_and_that_of_a_living_one_stays(tmp_path):
-    dead, other = tmp_path / "model[1].bin.99.tmp", tmp_path / "model1.bin.99.tmp"
-    dead.touch()
-    other.touch()
-    living = tmp_path / "model[1].bin.98.tmp"
+    dead, living = (tmp_path / f"model[1].bin.{digit * 16}.tmp" for digit in "9a")
+    others = [tmp_path / name for name in (f"model1.bin.{'9' * 16}.tmp", "model[1].bin.old.tmp")]
+    for path in (dead, *others):
+        path.touch()
     code = (
         "import sys\n"
         "from gpt2_support import files\n"
@@ -101,11 +101,12 @@ def test_temporary_file_of_a_dead_process_goes_and_that_of_a_living_one_stays(tm
         assert writer.stdout.readline() == b"ready\n"
         with files.atomic_write(tmp_path / "model[1].bin") as file:
             file.write(b"x")
-        assert not dead.exists() and other.exists() and living.exists()
+        assert not dead.exists() and living.exists()
+        assert all(path.exists() for path in others)
         writer.kill()
     with files.atomic_write(tmp_path / "model[1].bin") as file:
         file.write(b"y")
-    assert not living.exists() and other.exists()
+    assert not living.exists() and all(path.exists() for path in others)
     assert (tmp_path / "model[1].bin").read_bytes() == b"y"
 
 
@@ -238,7 +239,7 @@ def test_full_file_system_lets_the_log_wait(small_disk, capsys):
     assert capsys.readouterr().err.count("No space left on device") == 1
     (small_disk / "ballast").unlink()
     log.save()
-    assert runlog.read_log(small_disk / "log.csv") == log.rows and len(log.rows) == 1000
+    assert [*runlog.iterate_log(small_disk / "log.csv")] == log.rows and len(log.rows) == 1000
 
 
 # ----------------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def test_download_stopped_while_cleaning_up_is_cleaned_up(fetch, capsys):
 
 def test_download_stopped_while_converting_is_cleaned_up(fetch):
     fetch.folder.mkdir(parents=True)
-    (fetch.folder / "model.bin.1.tmp").write_bytes(b"half")
+    (fetch.folder / "model.bin.0123456789abcdef.tmp").write_bytes(b"half")
     fetch()
     assert_fetched(fetch.folder)
 

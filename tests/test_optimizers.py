@@ -316,6 +316,17 @@ def test_time_update_takes_the_faster_step_and_leaves_the_run_alone(monkeypatch,
     assert not optimizer.m.any() and not optimizer.v.any()
 
 
+def test_time_update_of_an_empty_shard_is_a_moment():
+    params = train.init_params(Config(257, 8, 64, 4, 1))
+    empty = next(
+        optimizer
+        for start in range(0, params.flat.size, 1000)
+        if not (optimizer := optimizers.Muon(params, slice(start, start + 10))).m.size
+    )  # both ends within one matrix
+    seconds = optimizers.time_update(empty, params, make_config(), make_workers(params))
+    assert 0 <= seconds < 1
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_time_update_of_a_large_model_updates_a_part(monkeypatch, name):
     clock, updates = iter([0.0, 5.0, 10.0, 13.0]), []

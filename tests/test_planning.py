@@ -113,7 +113,7 @@ def test_memory_is_that_of_four_buffers_and_activations_however_many_threads():
     bytes_needed = planning.memory(model, config, 256)
     assert 16 * n < bytes_needed < 17.5 * n
     assert planning.memory(model, replace(config, threads=2), 256) == bytes_needed
-    assert planning.memory(model, config, 256, n // 2) == bytes_needed - 4 * 2 * (n - n // 2)
+    assert planning.memory(model, config, 256, 2) == bytes_needed - 4 * n
 
 
 def test_memory_limit_is_infinite_where_it_is_not_told(monkeypatch):
@@ -158,6 +158,13 @@ def test_batch_is_of_so_many_tokens_and_ranks(n_tokens, n_steps, ranks, expected
     args = make_args(given=["batch_size"], batch_size=5)
     planning.choose_batch(args, TINY, n_tokens, n_steps)
     assert args.batch_size == 5
+
+
+@pytest.mark.parametrize("threads, expected", [(None, 8), (3, 6), (16, 16)])
+def test_batch_can_be_shared_by_the_threads_that_are_given(threads, expected):
+    args = make_args(given=["threads"], threads=threads)
+    planning.choose_batch(args, replace(TINY, n_ctx=128), 10**6)
+    assert args.batch_size == expected
 
 
 def test_time_that_is_left_is_that_of_rank_zero(still):

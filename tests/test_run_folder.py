@@ -203,7 +203,7 @@ def test_overwrite_leaves_nothing_of_the_old_run(trained, call, fish, text):
     assert after.pop("notes.txt") == b"my own"
     assert sorted(after) == sorted(set(before) - {"loss.png", "notes.txt"})
     assert not [name for name in after if after[name] == before[name]]
-    assert len(runlog.read_log(trained / "log.csv")) == 3
+    assert len([*runlog.iterate_log(trained / "log.csv")]) == 3
     assert encoder.load(trained).n_vocab == encoder.load(trained / "best").n_vocab == 258
 
 
@@ -324,7 +324,7 @@ def test_run_that_has_diverged_does_not_block_its_folder(no_picture, call, fish,
     assert (out / "log.csv").exists()
     done = call(train, *fish("--n_vocab", 258))
     assert done.returncode == 0, done.stderr
-    assert len(runlog.read_log(out / "log.csv")) == 6 and encoder.load(out).n_vocab == 258
+    assert len([*runlog.iterate_log(out / "log.csv")]) == 6 and encoder.load(out).n_vocab == 258
 
 
 # --- errors in the midst of a run ---------------------------------------------------------------
@@ -344,7 +344,7 @@ def test_folder_that_is_removed_during_a_run_is_made_again(
     done = call(train, *fish())
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("could not write a row of the log") == 1
-    assert train.load_checkpoint(out).step == len(runlog.read_log(out / "log.csv")) == 6
+    assert train.load_checkpoint(out).step == len([*runlog.iterate_log(out / "log.csv")]) == 6
     assert encoder.load(out).n_vocab == gpt2.load(out).config.n_vocab
 
 
@@ -452,11 +452,11 @@ def test_run_whose_terminal_goes_is_saved(fish, out):
         list(map(str, command)), stdin=end, stdout=end, stderr=end, start_new_session=True
     )
     os.close(end)
-    while not (out / "log.csv").exists() or len(runlog.read_log(out / "log.csv")) < 5:
+    while not (out / "log.csv").exists() or len([*runlog.iterate_log(out / "log.csv")]) < 5:
         assert process.poll() is None and os.read(terminal, 4096)
     os.close(terminal)
     assert process.wait(60) == 130
-    assert train.load_checkpoint(out).step == len(runlog.read_log(out / "log.csv")) >= 5
+    assert train.load_checkpoint(out).step == len([*runlog.iterate_log(out / "log.csv")]) >= 5
 
 
 @pytest.mark.thorough
@@ -465,7 +465,7 @@ def test_run_whose_terminal_goes_is_saved(fish, out):
 def test_run_whose_output_goes_nowhere_comes_to_its_end(fish, out, streams):
     command = shlex.join([sys.executable, str(ROOT / "train.py"), *fish()])
     subprocess.run(f"{command} {streams}", shell=True, check=True, capture_output=True)
-    assert train.load_checkpoint(out).step == len(runlog.read_log(out / "log.csv")) == 6
+    assert train.load_checkpoint(out).step == len([*runlog.iterate_log(out / "log.csv")]) == 6
 
 
 # --- the best model -----------------------------------------------------------------------------
@@ -474,7 +474,7 @@ def test_run_whose_output_goes_nowhere_comes_to_its_end(fish, out, streams):
 def test_best_model_never_gets_worse_after_a_kill(trained, call):
     """It was written after the checkpoint that the run goes on from."""
     params = train.init_params(TINY)
-    checkpoint.save_best(trained / "best", params, 0.001)
+    checkpoint.save_best(trained, params, 0.001)
     best = (trained / "best" / "model.bin").read_bytes()
     done = call(train, "--resume", "--out", trained, "--steps", 10)
     assert done.returncode == 0, done.stderr
@@ -508,7 +508,7 @@ def test_best_model_that_a_kill_has_kept_from_its_name_is_written_again(
     "text", ["", "[]", '{"val_loss": 1' + "0" * 400 + "}", '{"val_loss": "low"}', "{}", "\0\0\0"]
 )
 def test_damaged_loss_of_the_best_model_is_ignored(tmp_path, text, capsys):
-    checkpoint.save_best(tmp_path / "best", train.init_params(TINY), 2.5)
+    checkpoint.save_best(tmp_path, train.init_params(TINY), 2.5)
     assert checkpoint.best_loss(tmp_path) == 2.5
     (tmp_path / "best" / "val_loss.json").write_text(text)
     assert checkpoint.best_loss(tmp_path) == np.inf
@@ -539,6 +539,29 @@ def test_resume_with_other_validation_data_is_refused(no_picture, call, fish, ou
     assert call(train, *fish("--val_data", text)).returncode == 0
     done = call(train, "--resume", "--out", out, "--val_data", other, "--steps", 8)
     assert done.returncode == 1 and "--val_data has " in done.stderr.splitlines()[-1]
+
+
+def test_best_loss_on_other_validation_data_does_not_count(no_picture, call, fish, out, text):
+    other = text.with_name("other.txt")
+    other.write_text(TEXT.replace("blue", "pink"), encoding="utf-8")
+    assert call(train, *fish("--val_data", text)).returncode == 0
+    state = train.load_checkpoint(out)
+    checkpoint.save_best(out, state.params, 0.001, state.data)  # newer than the checkpoint
+    assert checkpoint.best_loss(out, state.data) == 0.001
+    resume = ("--resume", "--out", out, "--other_data", "--val_data", other, "--steps", 8)
+    assert call(train, *resume).returncode == 0
+    assert checkpoint.best_loss(out) > 0.001
+    assert train.load_checkpoint(out).best_loss == pytest.approx(checkpoint.best_loss(out))
+
+
+def test_resume_with_another_batch_chooses_its_processes_anew(trained):
+    state = train.load_checkpoint(trained)
+    state.config.threads = 2
+    train.save_checkpoint(trained, state)
+    resume = ["--resume", "--out", str(trained)]
+    assert train.parse_args(resume).threads == 2
+    assert train.parse_args([*resume, "--batch_size", "3"]).threads is None
+    assert train.parse_args([*resume, "--batch_size", "3", "--threads", "3"]).threads == 3
 
 
 def test_checkpoint_of_an_older_version_resumes(trained, call, monkeypatch):

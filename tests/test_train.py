@@ -397,7 +397,7 @@ def last_line(text):
 
 
 def losses(out):
-    rows = runlog.read_log(out / "log.csv")
+    rows = [*runlog.iterate_log(out / "log.csv")]
     return [(row["step"], row["loss"], row["val_loss"]) for row in rows]
 
 
@@ -410,7 +410,7 @@ def test_command_trains_from_text_and_its_last_line_samples(call, fish, out):
     assert done.returncode == 0, done.stderr
     assert {"model.bin", "tokenizer.bin", "state.npz", "log.csv", "best"} <= set(os.listdir(out))
     assert set(os.listdir(out / "best")) == {"model.bin", "tokenizer.bin", "val_loss.json"}
-    rows = runlog.read_log(out / "log.csv")
+    rows = [*runlog.iterate_log(out / "log.csv")]
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [bool(row["val_loss"]) for row in rows] == [False, True] * 3
     best = min(float(row["val_loss"]) for row in rows if row["val_loss"])
@@ -588,7 +588,7 @@ def test_command_fine_tunes_a_model(trained, call, text):
     arguments = ("--data", text, "--init", trained, "--out", tuned, "--steps", 2)
     done = call(train, *arguments, "--batch_size", 2)
     assert done.returncode == 0, done.stderr
-    first, _ = runlog.read_log(tuned / "log.csv")
+    first, _ = [*runlog.iterate_log(tuned / "log.csv")]
     assert float(first["lr"]) == pytest.approx(5e-5)  # fine-tuning has a default of its own
     start, end = llmc.load_params(trained), llmc.load_params(tuned)
     assert 0 < abs(end.flat - start.flat).max() < 1e-4
