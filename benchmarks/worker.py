@@ -54,11 +54,11 @@ earlier_peak = 0  # before `begin_peak`
 
 
 def begin_peak():
-    """Measure the peak of memory anew: processes that start now do not add to what was before."""
+    """Measure the peak of memory anew: other processes were not there when this one had its own."""
     global earlier_peak
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
-        earlier_peak = peak_memory()
+        earlier_peak = read_status("self")["VmHWM:"]
         clear.write_text("5")
 
 
