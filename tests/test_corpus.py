@@ -173,6 +173,7 @@ import encoder
 from gpt2_support import corpus
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     enc = encoder.Encoder([bytes([byte]) for byte in range(256)], eot=0)
     corpus.encode_files(enc, ["text.txt"], "out.bin", n_procs=2, chunk_size=1000)
     os.kill(os.getpid(), signal.SIGINT)  # here it is not blocked

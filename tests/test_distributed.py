@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,6 +49,24 @@ def finish(process, seconds=400):
         os.killpg(process.pid, signal.SIGKILL)
         pytest.fail(f"still running after {seconds} s: {process.communicate()}")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.mark.parametrize(
+    "cores, expected",
+    [([{0, 1, 2, 3}] * 4, 1), ([{0, 1, 2, 3}] * 2, 2), ([{5}, {7}], 1), ([{0, 1, 2}, {2, 3}], 2)],
+    ids=["a part of a machine", "more cores than ranks", "bound", "overlapping"],
+)
+def test_ranks_share_the_cores_that_their_job_has(monkeypatch, cores, expected):
+    used = []
+    monkeypatch.setattr(distributed, "usable_cores", lambda: cores[0])
+    monkeypatch.setattr(distributed.blas, "get_threads", lambda: 64)
+    monkeypatch.setattr(distributed.blas, "set_threads", used.append)
+    here = SimpleNamespace(size=len(cores), allgather=lambda _: cores)
+    group = MPIProcessGroup.__new__(MPIProcessGroup)
+    group.mpi = SimpleNamespace(COMM_TYPE_SHARED=0)
+    group.comm = SimpleNamespace(Split_type=lambda kind: here)
+    group._divide_cores()
+    assert (group.n_cores, group.n_ranks_here, used) == (expected, len(cores), [expected])
 
 
 @pytest.fixture(scope="session")

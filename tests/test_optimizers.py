@@ -302,13 +302,14 @@ def test_command_refuses_what_does_not_fit_muon(call, fish, out):
 # --- its time -----------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_time_update_takes_the_faster_step_and_leaves_the_run_alone(monkeypatch, name):
     clock = iter([0.0, 5.0, 10.0, 13.0])  # 5 s with memory to fetch, then 3 s
     monkeypatch.setattr(optimizers.time, "perf_counter", lambda: next(clock))
     params = train.init_params(TINY)
-    optimizer, workers = optimizers.make_optimizer(name, params), make_workers(params)
-    workers.grads.flat[...] = np.nan  # of a run that is about to diverge
+    optimizer, workers = optimizers.make_optimizer(name, params), make_workers(params, 2)
+    workers.grads.flat[...] = np.inf  # of a run that is about to diverge
     before = params.flat.copy()
     seconds = optimizers.time_update(optimizer, params, make_config(optimizer=name), workers)
     assert seconds == 3

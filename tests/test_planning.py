@@ -116,8 +116,11 @@ def test_memory_is_that_of_four_buffers_and_activations_however_many_threads():
     assert planning.memory(model, config, 256, 2) == bytes_needed - 4 * n
 
 
-def test_memory_limit_is_infinite_where_it_is_not_told(monkeypatch):
-    assert 1e8 < planning.memory_limit(ProcessGroup()) < 1e15
+def test_memory_limit_is_a_part_of_the_machine_and_infinite_where_it_is_not_told(monkeypatch):
+    alone, one_of_four = planning.memory_limit(ProcessGroup()), ProcessGroup()
+    one_of_four.size, one_of_four.n_ranks_here = 4, 2
+    assert 1e8 < alone < 1e15
+    assert planning.memory_limit(one_of_four) == alone / 2
     monkeypatch.delattr(os, "sysconf")
     assert planning.memory_limit(ProcessGroup()) == math.inf
 

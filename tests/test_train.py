@@ -542,7 +542,9 @@ def test_command_saves_and_exits_after_a_signal(no_picture, call, fish, out, mon
         return step(state, *args)
 
     monkeypatch.setattr(train, "train_step", step_with_signal)
+    before = signal.signal(getattr(signal, name), signal.SIG_DFL)  # nohup has SIGHUP ignored
     done = call(train, *fish("--steps", 100, "--save_every", 100))
+    signal.signal(getattr(signal, name), before)
     assert done.returncode == 130
     assert train.load_checkpoint(out).step == len(losses(out)) == 3
     resume = shlex.split(last_line(done.stderr).split("saved at step 3; go on with: ")[1])
