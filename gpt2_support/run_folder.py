@@ -129,6 +129,8 @@ class RunFolder:
         elif self.is_new and self.save_tokenizer and not has_model(self.path):  # no checkpoint
             for file in self.tokenizers():
                 file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the best model of some step
+                (self.path / "best").rmdir()
 
     def tokenizers(self) -> list[Path]:
         """Return the paths of the tokenizers beside the last model and the best."""

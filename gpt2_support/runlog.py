@@ -70,9 +70,12 @@ class RunLog:
 
     def __exit__(self, *error: Any) -> None:
         self.bar.close()
-        if self.file:
+        if self.file and self.file.rows:
             with never_fatal("draw loss.png"):
                 plot_log(self.file.rows, self.file.path.with_name("loss.png"))
+        elif self.file:  # a run that has come to no step leaves nothing
+            with never_fatal("remove log.csv"):
+                self.file.path.unlink(missing_ok=True)
 
     def settle(self, folder: Path) -> None:
         """Go on in a folder, where a checkpoint is now, with all rows."""

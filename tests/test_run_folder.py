@@ -321,7 +321,7 @@ def test_run_that_has_diverged_does_not_block_its_folder(no_picture, call, fish,
     with monkeypatch.context() as patch:
         diverge(patch)
         assert call(train, *fish()).returncode == 1
-    assert (out / "log.csv").exists()
+    assert not (out / "model.bin").exists()
     done = call(train, *fish("--n_vocab", 258))
     assert done.returncode == 0, done.stderr
     assert len([*runlog.iterate_log(out / "log.csv")]) == 6 and encoder.load(out).n_vocab == 258
@@ -513,6 +513,13 @@ def test_damaged_loss_of_the_best_model_is_ignored(tmp_path, text, capsys):
     (tmp_path / "best" / "val_loss.json").write_text(text)
     assert checkpoint.best_loss(tmp_path) == np.inf
     assert "val_loss.json: ignored" in capsys.readouterr().err
+
+
+def test_a_run_that_comes_to_no_step_leaves_no_folder(call, fish, out, monkeypatch):
+    stop_early(monkeypatch)
+    done = call(train, *fish("--steps", 4))
+    assert done.returncode == 130 and "nothing is saved" in done.stderr
+    assert not out.exists()
 
 
 # --- other data ---------------------------------------------------------------------------------
