@@ -153,8 +153,8 @@ class DataLoader:
     With order "random" each pass cuts the data at a new offset and shuffles the windows. With
     "sequential" each pass takes all windows in order; llm.c's loader does too, but drops those at
     the end that do not fill a batch. Pass n depends only on the seed and n, so a resumed run needs
-    only the number of the step. Of n ranks, `rank` reads the windows
-    rank, rank + n, ... of each batch: together they read what one alone would.
+    only the number of the step. Of n ranks, `rank` reads the windows rank, rank + n, ... of each
+    batch: together they read what one alone would.
 
     Raises ValueError if the tokens (N,) are fewer than a batch, B T + 1.
     """

@@ -210,8 +210,6 @@ positive_number = checked(float, lambda x: 0 < x < math.inf, "a number over 0")
 up_to_a_million = checked(float, lambda x: 0 < x <= 1e6, "a number over 0 and at most 1,000,000")
 below_1 = checked(float, lambda x: 0 <= x < 1, "a number of 0 or more and below 1")
 fraction = checked(float, lambda x: 0 < x <= 1, "a number over 0 and at most 1")
-
-
 name = checked(str, bool, "a name or a path")
 
 

@@ -247,27 +247,28 @@ BLOCK = 1 << 18  # values: few enough for the cache, but so many that threads do
 # Python's lock, which each holds between two operations
 
 
-def blocks(spans: list[Span], shard: slice) -> list[tuple[slice, list[Span]]]:
+def blocks(given: list[Span], shard: slice) -> list[tuple[slice, list[Span]]]:
     """Cut what a shard has of some spans into blocks for AdamW, which threads share.
 
-    Those of a stretch are equal. Each is (its slice of the shard, its spans): many that are short,
-    or a part of a long one.
+    Those of a stretch without gaps are equal. Each is (its slice of the shard, its spans): many
+    that are short, or a part of a long one.
     """
-    blocks, spans = [], cut(spans, shard.start, shard.stop)
-    for first, end in stretches(spans):
+    found, here = [], cut(given, shard.start, shard.stop)
+    for first, end, _ in join([(start, stop, True) for start, stop, _ in here]):
         n = -(-(end - first) // BLOCK)
         bounds = [first + (end - first) * i // n for i in range(n + 1)]
         for start, stop in itertools.pairwise(bounds):
-            blocks.append((slice(start, stop), cut(spans, start, stop)))
-    return blocks
+            found.append((slice(start, stop), cut(here, start, stop)))
+    return found
 
 
-def stretches(spans: list[Span]) -> list[tuple[int, int]]:
-    """Return [(start, stop)] of spans that follow each other, joined."""
-    joined: list[tuple[int, int]] = []
-    for start, stop, _ in spans:
-        first = joined.pop()[0] if joined and joined[-1][1] == start else start
-        joined.append((first, stop))
+def join(spans: list[Span]) -> list[Span]:
+    """Join the spans that follow each other and are alike in decay."""
+    joined: list[Span] = []
+    for start, stop, decays in spans:
+        if joined and joined[-1][1:] == (start, decays):
+            start = joined.pop()[0]
+        joined.append((start, stop, decays))
     return joined
 
 
@@ -279,15 +280,13 @@ def cut(spans: list[Span], first: int, end: int) -> list[Span]:
 
 def spans(config: Config, with_block_matrices: bool = True) -> list[Span]:
     """Return [(start, stop, decays)], the stretches of the packed buffer that decay and do not."""
-    spans: list[Span] = []
-    for name, start, shape in stacks(config):
-        stop, decays = start + math.prod(shape), not name.endswith(("/b", "/g"))
-        if is_block_matrix(name) and not with_block_matrices:
-            continue
-        if spans and spans[-1][1:] == (start, decays):
-            start = spans.pop()[0]
-        spans.append((start, stop, decays))
-    return spans
+    return join(
+        [
+            (start, start + math.prod(shape), not name.endswith(("/b", "/g")))
+            for name, start, shape in stacks(config)
+            if with_block_matrices or not is_block_matrix(name)
+        ]
+    )
 
 
 def block_matrices(config: Config) -> list[BlockMatrix]:

@@ -151,7 +151,7 @@ class Params(Group):
 
     Params(config) is all zeros in float32. Params(config, flat) wraps a buffer of any float dtype
     without copying it. Raises ValueError if it does not have the length that the config needs, and
-    MemoryError.
+    MemoryError if zeros do not fit.
     """
 
     config: Config

@@ -15,15 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gpt2_support import run_folder
 from gpt2_support.files import atomic_write, sync
 from gpt2_support.formats import huggingface, llmc, tensorflow
 from gpt2_support.formats.stored_tensor import GetTensor
 from gpt2_support.formats.token_table import load_tokenizer, save_tokenizer
 from gpt2_support.messages import info
-from gpt2_support.params import Config, Params, n_params
+from gpt2_support.params import Config, Params, zeros
 
 Tokenizer = tuple[list[bytes], int | None]  # as load_tokenizer returns it
 OpenModel = Callable[[Path], contextlib.AbstractContextManager[tuple[Config, GetTensor]]]
@@ -41,7 +39,7 @@ def load_params(path: str | Path) -> Params:
     if reader is llmc.open_model:
         return llmc.load_params(path)
     with reader(path) as (config, get):
-        flat = np.zeros(n_params(config), np.float32)
+        flat = zeros(config)
         for name, array in Params(config, flat).named.items():
             array[...] = get(name)
     flat.flags.writeable = False

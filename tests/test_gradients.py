@@ -94,9 +94,7 @@ def test_processes_add_in_their_order_and_the_first_overwrites(order):
                 gradients.accumulate(out, values[process])
                 gradients.accumulate(out, -values[process])
             if process == 0:
-                seen.append(
-                    float(out[0])
-                )  # 2^24 + 1 + 1 - 2^24 - 1 - 1, each rounded: all have added
+                seen.append(float(out[0]))  # 2^24 + 1 + 1 - 2^24 - 1 - 1, each rounded: all added
 
         return add
 

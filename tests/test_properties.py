@@ -434,7 +434,7 @@ def test_same_seed_gives_the_same_run_in_every_process(
         flags = ["--data", text, "--out", out, "--n_vocab", 265, "--n_layer", 2, "--n_embd", 32]
         flags += ["--n_ctx", 16, "--batch_size", 4, "--steps", 12, "--eval_every", 5]
         trained = command(train, *flags, "--threads", threads, "--seed", 3)
-        rows = [(row["loss"], row["val_loss"]) for row in [*runlog.iterate_log(out / "log.csv")]]
+        rows = [(row["loss"], row["val_loss"]) for row in runlog.iterate_log(out / "log.csv")]
         flags = ["--model", out, "--n_samples", 2, "--temperature", 0.9, "--seed", 5]
         sampled = command(gpt2, "The", *flags)
         files = [(out / name).read_bytes() for name in ("model.bin", "best/model.bin")]

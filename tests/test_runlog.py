@@ -36,7 +36,7 @@ def test_run_log_writes_rows_a_progress_line_and_a_picture(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == "" and "a note\n" in err
     assert "2/2" in err and "loss 2.500 lr 1.0e-03 norm 1.00 100 tok/s" in err
-    assert [row["val_loss"] for row in [*runlog.iterate_log(tmp_path / "log.csv")]] == ["", "2.25"]
+    assert [row["val_loss"] for row in runlog.iterate_log(tmp_path / "log.csv")] == ["", "2.25"]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -83,7 +83,7 @@ def test_damaged_log_is_set_aside_and_the_run_goes_on(trained, call, damage):
     assert done.returncode == 0, done.stderr
     kept = ["1", "2"] if damage == "zeros of a power cut" else []
     assert f"it is now log.damaged1.csv; the new log keeps its first {len(kept)}" in done.stderr
-    assert [row["step"] for row in [*runlog.iterate_log(path)]] == [*kept, "7", "8"]
+    assert [row["step"] for row in runlog.iterate_log(path)] == [*kept, "7", "8"]
     assert (trained / "log.damaged.csv").read_text() == "an older one"
     if damage != "a folder":
         assert (trained / "log.damaged1.csv").read_bytes() == before

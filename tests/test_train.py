@@ -590,7 +590,7 @@ def test_command_fine_tunes_a_model(trained, call, text):
     arguments = ("--data", text, "--init", trained, "--out", tuned, "--steps", 2)
     done = call(train, *arguments, "--batch_size", 2)
     assert done.returncode == 0, done.stderr
-    first, _ = [*runlog.iterate_log(tuned / "log.csv")]
+    first, _ = runlog.iterate_log(tuned / "log.csv")
     assert float(first["lr"]) == pytest.approx(5e-5)  # fine-tuning has a default of its own
     start, end = llmc.load_params(trained), llmc.load_params(tuned)
     assert 0 < abs(end.flat - start.flat).max() < 1e-4
