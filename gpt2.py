@@ -21,6 +21,7 @@ import copy
 import itertools
 import math
 from collections import deque, namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -277,16 +278,17 @@ def mlp(x: Stream, p: MLP, hook: Hook = NO_HOOK) -> tuple[Stream, MLPCache]:
     Vaswani et al. 2017, 3.3, with GELU for ReLU.
     """
     h, x = linear(x, p.c_fc)  # (B, T, 4C)
-    h, gelu_cache = gelu(hook("mlp.fc", h))
+    h, gelu_caches = tiles.apply_by_rows(gelu, hook("mlp.fc", h))
     out, h = linear(hook("mlp.gelu", h), p.c_proj)  # (B, T, C)
-    return hook("mlp.out", out), MLPCache(x, gelu_cache, h)
+    return hook("mlp.out", out), MLPCache(x, gelu_caches, h)
 
 
 def mlp_backward(dout: Stream, cache: MLPCache, p: MLP, d: MLP, hook: Hook = NO_HOOK) -> Stream:
     """The steps of `mlp` in reverse."""
-    x, gelu_cache, h = cache
+    x, gelu_caches, h = cache
     dh = linear_backward(hook.backward("mlp.out", dout), h, p.c_proj, d.c_proj)
-    dh = gelu_backward(hook.backward("mlp.gelu", dh), gelu_cache)
+    dh = hook.backward("mlp.gelu", dh)
+    dh = tiles.apply_by_rows_backward(gelu_backward, dh, gelu_caches)
     return linear_backward(hook.backward("mlp.fc", dh), x, p.c_fc, d.c_fc)
 
 
@@ -537,7 +539,7 @@ class KVCache:
 
     `buffer` (L, 2, B, H, n_ctx, D) holds keys and values of every layer, `length` (B,) the number
     of tokens in each row; rows may differ. In float32 it takes 8 B n_ctx n_layer n_embd bytes, 75
-    MB a row for 124M; memory is used only as it fills. Shazeer 2019, arXiv:1911.02150.
+    MB a row for 124M. Shazeer 2019, arXiv:1911.02150.
     """
 
     def __init__(self, config: Config, batch_size: int = 1, dtype: DTypeLike = np.float32) -> None:
@@ -701,7 +703,8 @@ def decode(
     temperature, top_k, top_p, seed, penalty = sampling
     texts = [list(prompt) for prompt in prompts]
     rngs = [np.random.default_rng(None if seed is None else seed + b) for b in range(len(texts))]
-    kv = KVCache(params.config, len(texts), params.flat.dtype)
+    room = min(max(map(len, texts)) + n_tokens, params.config.n_ctx)  # tokens it may read
+    kv = KVCache(replace(params.config, n_ctx=room), len(texts), params.flat.dtype)
     for n in range(n_tokens):
         logits = (decode_step if n else prefill)(params, texts, kv, hook)  # (B, V)
         allowed, ids = [], []

@@ -1,12 +1,13 @@
-"""Attention in tiles: some heads and a block of queries at a time, in threads.
+"""Operations on parts that fit the processor's cache, in threads; the caller gives the operation.
 
-A tile compares its queries only with the keys that they may see, so that half of the work of a
-long sequence is left out, and its scores fit the processor's cache. The caller gives the operation.
+Attention works in tiles, some heads and a block of queries at a time. A tile compares its queries
+only with the keys that they may see, so that half of the work of a long sequence is left out.
+Elementwise operations work on blocks of rows.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,9 +20,11 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
     from jaxtyping import Float, Integer
     from numpy import ndarray
 
-    from gpt2_support.shapes import Heads, Keys
+    from gpt2_support.shapes import AnyRows, Heads, Keys
 
 QUERIES = 128  # queries of a tile
+BLOCK = 1 << 18  # values of a block of rows
+WORK = 64  # multiplications of a product that take as long as GELU of one value, about
 
 
 class Tile(NamedTuple):
@@ -107,3 +110,46 @@ def join(tiles: list[Tile], n_keys: int) -> Float[ndarray, "B H T S"]:
     for heads, queries, (_, att) in tiles:
         joined[:, heads, queries, : att.shape[-1]] = att
     return joined
+
+
+def apply_by_rows(
+    operation: Callable[[AnyRows], tuple[AnyRows, Any]], x: AnyRows
+) -> tuple[AnyRows, list[Any]]:
+    """Return operation(x), (..., C), computed a block of rows at a time, and the blocks' caches."""
+    blocks = blocks_of_rows(x)
+    if len(blocks) == 1:
+        out, cache = operation(x)
+        return out, [cache]
+    rows = x.reshape(-1, x.shape[-1])
+    out, caches = np.empty_like(rows), [None] * len(blocks)
+
+    def apply_to_blocks(part: slice) -> None:
+        for i in range(part.start, part.stop):
+            out[blocks[i]], caches[i] = operation(rows[blocks[i]])
+
+    blas.parallel_for(apply_to_blocks, len(blocks), work=WORK * x.size)
+    return out.reshape(x.shape), caches
+
+
+def apply_by_rows_backward(
+    operation_backward: Callable[[AnyRows, Any], AnyRows], dout: AnyRows, caches: list[Any]
+) -> AnyRows:
+    """Return operation_backward(dout, cache), (..., C), computed for each block of rows."""
+    blocks = blocks_of_rows(dout)
+    if len(blocks) == 1:
+        return operation_backward(dout, caches[0])
+    rows = dout.reshape(-1, dout.shape[-1])
+    dx = np.empty_like(rows)
+
+    def apply_to_blocks(part: slice) -> None:
+        for block, cache in zip(blocks[part], caches[part], strict=True):
+            dx[block] = operation_backward(rows[block], cache)
+
+    blas.parallel_for(apply_to_blocks, len(blocks), work=WORK * dout.size)
+    return dx.reshape(dout.shape)
+
+
+def blocks_of_rows(x: AnyRows) -> list[slice]:
+    """Cut the rows of x (..., C) into blocks of about BLOCK values."""
+    n_rows, n = x.size // x.shape[-1], max(1, BLOCK // x.shape[-1])
+    return [slice(start, start + n) for start in range(0, n_rows, n)]

@@ -261,9 +261,10 @@ def fish(text, out):
 
 @pytest.fixture(scope="module")
 def several_tiles():
-    """Let the short sequences of the tests of a file, too, have several tiles."""
+    """Cut the short sequences of a file's tests, too, into several tiles and blocks of rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gpt2_support.tiles.QUERIES", 2)
+        patch.setattr("gpt2_support.tiles.BLOCK", 150)
         yield
 
 

@@ -224,6 +224,29 @@ def test_attention_in_threads_gives_the_same_bits(monkeypatch, n_threads):
     assert threads == [n_threads, 1, n_threads, 1, n_threads]
 
 
+@pytest.mark.parametrize("n_threads", [1, 2, 8])
+@pytest.mark.parametrize("n_values, n_blocks", [(1, 6), (14, 3), (28, 2), (41, 2), (42, 1)])
+def test_gelu_by_rows_gives_the_same_bits(monkeypatch, n_threads, n_values, n_blocks):
+    x, dout, names = normal(2, 3, 7), normal(2, 3, 7, seed=5), set()
+    expected, cache = gpt2.gelu(x)
+    expected_dx = gpt2.gelu_backward(dout, cache)
+
+    def gelu(x):
+        names.add(threading.current_thread().name)
+        return gpt2.gelu(x)
+
+    monkeypatch.setattr(tiles, "BLOCK", n_values)
+    monkeypatch.setattr(blas, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(blas, "get_threads", lambda: n_threads)
+    monkeypatch.setattr(blas, "set_threads", lambda n: None)
+    out, caches = tiles.apply_by_rows(gelu, x)
+    np.testing.assert_array_equal(out, expected)
+    assert len(caches) == n_blocks
+    assert (len(names) > 1) == (n_threads > 1 and n_blocks > 1)
+    dx = tiles.apply_by_rows_backward(gpt2.gelu_backward, dout, caches)
+    np.testing.assert_array_equal(dx, expected_dx)
+
+
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("n_rows", [1, 2, 7, 32, 33])
 @pytest.mark.parametrize("n_out", [1, 5, 64, 301])

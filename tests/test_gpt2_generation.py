@@ -2,6 +2,7 @@
 
 import collections
 import inspect
+import itertools
 import math
 from decimal import Decimal
 from fractions import Fraction
@@ -519,6 +520,21 @@ def test_generate_past_n_ctx_goes_on_from_the_last_half_of_the_window(n_ctx, n_p
     prompt = random_tokens(min(n_prompt, n_ctx)).tolist()
     expected = reference_generate(params, prompt, 45)
     assert list(gpt2.generate(params, prompt, 45, eot=None)) == expected
+
+
+@pytest.mark.parametrize("n_tokens, room", [(1, 4), (5, 8), (13, 16), (14, 16), (10**6, 16)])
+def test_generate_makes_a_cache_for_the_tokens_that_it_may_read(monkeypatch, n_tokens, room):
+    rooms = []
+
+    class Cache(gpt2.KVCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            rooms.append(self.buffer.shape[-2])
+
+    monkeypatch.setattr(gpt2, "KVCache", Cache)
+    params = random_params(Config(61, 16, 12, 3, 2))
+    list(itertools.islice(gpt2.generate(params, [[5], [9, 2, 7]], n_tokens, eot=None), 20))
+    assert rooms == [room]
 
 
 def test_generate_takes_sampling_parameters_at_their_limits():
