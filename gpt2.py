@@ -681,7 +681,8 @@ def generate(
     n_vocab, eot = checks.check_vocabulary(params, n_vocab, eot)
     prompts, is_single = checks.check_prompts(params, tokens, n_tokens, eot)
     hook = hooks.make(params.config, False, edit)
-    steps = (ids for ids, _ in decode(params, prompts, n_tokens, sampling, eot, n_vocab, hook))
+    n = int(n_tokens)  # a NumPy scalar may be too small for sums with it
+    steps = (ids for ids, _ in decode(params, prompts, n, sampling, eot, n_vocab, hook))
     going = itertools.takewhile(lambda ids: any(id != eot for id in ids), steps)
     return (ids[0] for ids in going) if is_single else going
 

@@ -588,6 +588,12 @@ def test_generate_takes_arrays_and_numpy_scalars():
     assert [ids[0] for ids in actual] == expected
 
 
+def test_generate_takes_a_small_integer_that_cannot_hold_the_sum_of_lengths():
+    params, prompt = random_params(Config(61, 300, 12, 3, 2)), list(range(60))
+    expected = list(gpt2.generate(params, prompt, 100, eot=None))
+    assert list(gpt2.generate(params, prompt, np.int8(100), eot=None)) == expected
+
+
 class JaxLike:
     """An array of another library: it can be made one of NumPy's, and its items have no hash."""
 
