@@ -207,8 +207,6 @@ def load(name: str | Path, models_dir: str | Path = hub.MODELS_DIR) -> Encoder:
     there yet is downloaded: of OpenAI's models the token table alone, of the Hugging Face hub's the
     model. Raises FileNotFoundError, or ValueError if the table is damaged.
     """
-    if Path(name).exists():
-        return Encoder(*token_table.load_tokenizer(name))
     return Encoder(*token_table.load_tokenizer(hub.find_tokenizer(name, models_dir)))
 
 

@@ -350,7 +350,8 @@ def forward(
     batch, is_single = checks.check_tokens(params, tokens, kv), np.ndim(tokens) == 1
     hook = hooks.make(params.config, is_single, edit, record)
     x = transformer(params, batch, kv, hook)
-    logits = hook("logits", x @ params.wte.T)  # tied weights: Press and Wolf 2016, arXiv:1608.05859
+    logits = matmul(as_rows(x), params.wte.T)  # tied weights: Press and Wolf 2016, arXiv:1608.05859
+    logits = hook("logits", logits.reshape(*x.shape[:-1], -1))
     return logits[0] if is_single else logits
 
 
@@ -488,7 +489,7 @@ def loss_and_grads(
     tokens and targets are (T,) or (B, T); targets of -1 do not count. With `grads`, the gradient
     is added to it, so that several batches accumulate. With `n_counted`, the sum of the losses is
     divided by that, not by the number of targets that count here: so the parts of a batch add up.
-    With `drop`, values are dropped: of embeddings, attention weights and branches.
+    `drop`, a Dropout, drops values of the embeddings, the attention weights and the branches.
     `record` and `edit` are those of `forward`, without "logits"; `record_grads`, a dict, receives
     the gradient with respect to each activation, by the same names. An edit by an array or a
     function counts as a constant, unless it has a method `backward`, as `hooks.Add` has.
@@ -496,6 +497,7 @@ def loss_and_grads(
     or, without n_counted, all -1.
     """
     batch, targets, n_counted = checks.check_targets(params, tokens, targets, n_counted)
+    checks.check_grads(params, grads)
     is_single = np.ndim(tokens) == 1
     hook = hooks.make(params.config, is_single, edit, record, record_grads, drop, logits=False)
     grads = params.zeros_like() if grads is None else grads
@@ -519,8 +521,9 @@ def gradient(
     `dlogits` is the gradient of the scalar with respect to the logits. The other parameters are
     those of `loss_and_grads`. Raises ValueError as `forward` does, or for another shape of dlogits.
     """
-    batch, is_single = checks.check_tokens(params, tokens, None), np.ndim(tokens) == 1
+    batch, is_single = checks.check_tokens(params, tokens), np.ndim(tokens) == 1
     dout = checks.check_dlogits(params, tokens, dlogits)
+    checks.check_grads(params, grads)
     hook = hooks.make(params.config, is_single, edit, None, record_grads, logits=False)
     grads = params.zeros_like() if grads is None else grads
     caches: Caches = deque()
@@ -673,7 +676,8 @@ def generate(
     `eot` is the end-of-text id, by default the last of the vocabulary, as in GPT-2; None if there
     is none. Ids from `n_vocab` on are never drawn: a tokenizer may lack them. See
     `next_token_probs` and `apply_repetition_penalty` for the sampling parameters. `edit` is that of
-    `forward`: its functions see each prompt first, (1, T, C), then the newest tokens, (B, 1, C).
+    `forward`: its functions see each prompt first, (1, T, C), then the newest tokens, (B, 1, C);
+    and of a window that is read anew all but its newest token, (1, n, C).
     Raises ValueError for a prompt longer than n_ctx, ids outside the vocabulary, or a sampling
     parameter out of range.
     """
@@ -707,7 +711,8 @@ def decode(
     room = min(max(map(len, texts)) + n_tokens, params.config.n_ctx)  # tokens it may read
     kv = KVCache(replace(params.config, n_ctx=room), len(texts), params.flat.dtype)
     for n in range(n_tokens):
-        logits = (decode_step if n else prefill)(params, texts, kv, hook)  # (B, V)
+        read = prefill if n == 0 else decode_step
+        logits = read(params, texts, kv, hook)  # (B, V)
         allowed, ids = [], []
         for text, row, rng in zip(texts, logits, rngs, strict=True):
             row = apply_repetition_penalty(row, text, penalty)[:n_vocab]

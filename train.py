@@ -248,6 +248,7 @@ def train_step(
             f"training has diverged: at step {state.step + 1} the loss is {loss} and the norm of "
             f"the gradient {grad_norm}. Checkpoints are as they were; try a lower --lr"
         )
+    # 1e-6 as in torch.nn.utils.clip_grad_norm_.
     clip = min(1.0, config.grad_clip / (grad_norm + 1e-6)) if config.grad_clip else 1.0
     lr = learning_rate(state.step, config)
     state.step, state.is_consistent = state.step + 1, False
@@ -346,6 +347,7 @@ def train(
         RunLog(run.current if reports else None, state.step, config.steps) as log,
         saved_on_error(save, state),
     ):
+        kept_loss = checkpoint.best_loss(run.current, state.data)  # may be of a later step
         while state.step < config.steps and not state.is_stale:
             if any(group.all_gather(interrupted())):
                 break
@@ -353,18 +355,16 @@ def train(
             loss, grad_norm, lr = train_step(state, loader.batches(state.step), workers)
             tokens_per_second = config.tokens_per_step / (time.perf_counter() - start)
 
-            scores: list[float] = []
+            figures = [loss, lr, grad_norm, tokens_per_second]
             if is_due(config.eval_every):
-                check_finite(state.params.flat, state.step)
-                evaluation = evaluate(state.params, val, lengths, config.seq_len, group=group)
-                check_finite(evaluation.loss, state.step)
+                evaluation = validate(state, val, lengths, group)
                 log.write(f"step {state.step}: validation loss {evaluation}")
-                scores = [evaluation.loss, evaluation.bits_per_byte]
-                if evaluation.loss <= state.best_loss:  # equal: this step is taken again
+                figures += [evaluation.loss, evaluation.bits_per_byte]
+                if evaluation.loss <= state.best_loss:  # equal where a resumed run repeats a step
                     state.best_loss, state.best_step = evaluation.loss, state.step
-                    if reports:
+                    if reports and evaluation.loss <= kept_loss:
                         checkpoint.save_best(run.current, state.params, evaluation.loss, state.data)
-            log.add(state.step, loss, lr, grad_norm, tokens_per_second, *scores)
+            log.add(state.step, *figures)
 
             if reports and is_due(config.sample_every):
                 with never_fatal("sample"):
@@ -375,6 +375,14 @@ def train(
                 save()
         if state.step > 0:
             save()
+
+
+def validate(state: TrainState, val: Tokens, lengths: Lengths, group: ProcessGroup) -> Evaluation:
+    """Return how well the model of a run predicts `val`; raise Diverged if that is not finite."""
+    check_finite(state.params.flat, state.step)
+    evaluation = evaluate(state.params, val, lengths, state.config.seq_len, group=group)
+    check_finite(evaluation.loss, state.step)
+    return evaluation
 
 
 def sample_text(state: TrainState, enc: Encoder) -> str:
@@ -392,7 +400,7 @@ def sample_text(state: TrainState, enc: Encoder) -> str:
 
 def make_parser() -> cli.ArgumentParser:
     """Return the parser of the command line."""
-    return train_cli.make_parser(asdict(TrainConfig()), [*corpus.SEPARATORS], [*OPTIMIZERS])
+    return train_cli.make_parser(asdict(TrainConfig()))
 
 
 def parse_args(argv: Sequence[str] | None = None, group: ProcessGroup | None = None) -> Namespace:
@@ -422,7 +430,9 @@ def make_config(args: Namespace, model: Config) -> TrainConfig:
     return checkpoint.make_settings(TrainConfig, settings | train_cli.fit_to_model(args, model))
 
 
-def make_state(args: Namespace, enc: Encoder, data: dict[str, str]) -> TrainState:
+def make_state(
+    args: Namespace, enc: Encoder, data: dict[str, str], val_tokens: Tokens
+) -> TrainState:
     """Return the run that the command line asks for: resumed, from scratch, or from a model."""
     n_vocab = args.n_vocab if args.resume else enc.n_vocab  # a tuned model may have more than enc
     shape = Config(n_vocab, args.n_ctx, args.n_embd, args.n_head, args.n_layer)
@@ -430,10 +440,9 @@ def make_state(args: Namespace, enc: Encoder, data: dict[str, str]) -> TrainStat
         state = args.state
         train_cli.check_same_run(args, shape, data)
         state.config = make_config(args, shape)
-        if state.data and state.data["val_data"] != data["val_data"]:  # losses of other data
+        now = data | checkpoint.measured(val_tokens, state.config)
+        if not checkpoint.same_validation(state.data, now):  # losses that cannot be compared
             state.best_loss, state.best_step = math.inf, state.step
-        state.best_loss = min(state.best_loss, checkpoint.best_loss(args.out, data))
-        state.data = data
         return state
     if args.init == "scratch":
         params = init_params(shape, args.seed)
@@ -470,15 +479,16 @@ def train_command(args: Namespace) -> None:
     args.n_tokens, data = len(tokens), checkpoint.fingerprint(data=tokens, val_data=val_tokens)
     if args.minutes and args.init == "scratch" and not args.resume:
         planning.plan_model(args, enc.n_vocab, len(tokens), partial(time_step, args, tokens))
-    state = make_state(args, enc, data)
+    state = make_state(args, enc, data, val_tokens)
     config = state.config
     loader = DataLoader(tokens, config, group.rank)
     datasets.check_validation(val_tokens)
-    ids = np.array([*data.values()])
-    group.check_same(data=ids, parameters=state.params.flat, step=np.array(state.step))
+    fingerprints = np.array(list(data.values()))
+    group.check_same(data=fingerprints, parameters=state.params.flat, step=np.array(state.step))
     workers, seconds = planning.fastest_step(gpt2.loss_and_grads, state, loader.batch(0), args)
     if args.minutes:
         planning.plan_steps(args, state, seconds, len(tokens))
+    state.data = data | checkpoint.measured(val_tokens, config)
     train_cli.describe(state, len(tokens), seconds, gpt2.LM_HEAD_ROWS)
     train(state, loader, val_tokens[: config.eval_tokens], enc, out, workers)
     if state.step < config.steps and not state.is_stale:

@@ -16,8 +16,8 @@ models or a GPT-2 of the Hugging Face hub, `convert` turns a model of any format
 ours or of Hugging Face's. `MODELS_DIR` is the folder in which models are found by name.
 
 Tokens. `load_tokenizer` returns the bytes of every token and the end-of-text id, from llm.c's,
-OpenAI's or Hugging Face's files; `save_tokenizer` writes them as llm.c does. `load_tokens` maps a
-file of token ids into memory, `save_tokens` writes one.
+OpenAI's or Hugging Face's files; `save_tokenizer` writes them as llm.c does. `load_tokens` reads a
+file of token ids, `save_tokens` writes one.
 
 The modules of `gpt2_support` define all of these. The command line is `python utils.py --help`.
 """

@@ -183,7 +183,8 @@ def parallel_for(function: Callable[[slice], object], n: int, work: int) -> None
     """Call function(part) for slices of range(n), in threads if `work` is large.
 
     `work` counts multiplications. There are at most as many threads as BLAS uses for a product,
-    the calling one among them, and each has one BLAS thread.
+    the calling one among them, and each has one BLAS thread. NumPy's treatment of floating-point
+    errors is the caller's in all of them.
     """
     n_parts = max(1, min(get_threads(), n, work // WORTH_A_THREAD))
     bounds = [n * i // n_parts for i in range(n_parts + 1)]
@@ -191,8 +192,14 @@ def parallel_for(function: Callable[[slice], object], n: int, work: int) -> None
     if not others:
         function(first)
         return
+    errors = np.geterr()
+
+    def call(part: slice) -> None:
+        with np.errstate(**errors):
+            function(part)
+
     with one_thread():
-        futures = [thread_pool().submit(function, part) for part in others]
+        futures = [thread_pool().submit(call, part) for part in others]
         function(first)
         for future in futures:
             future.result()
@@ -257,7 +264,8 @@ def gemm(out: Float[ndarray, "M O"], a: Float[ndarray, "M N"], b: Float[ndarray,
     """
     n_rows, n_columns, n = *out.shape, len(b)
     function, real = cblas("gemm", out, a, b)
-    is_plain = out.flags.carray and a.strides[0] == a.itemsize and b.flags.c_contiguous
+    is_transposed = a.strides[0] == a.itemsize and a.strides[1] >= n_rows * a.itemsize
+    is_plain = out.flags.carray and is_transposed and b.flags.c_contiguous
     if function is None or not is_plain:
         return False
     integer, pointer = ctypes.c_int64, ctypes.c_void_p

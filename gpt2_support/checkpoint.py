@@ -77,7 +77,7 @@ def load_state(folder: str | Path) -> Iterator[tuple[dict, dict[str, ndarray]]]:
         check_arrays(arrays)
         check_progress(meta)
         yield meta, arrays
-    except PermissionError:
+    except (PermissionError, MemoryError):
         raise
     except Exception as error:  # of damaged files, zipfile and NumPy raise a dozen types
         reason = preview(str(error) or type(error).__name__)
@@ -106,7 +106,7 @@ def check_arrays(arrays: dict[str, ndarray]) -> None:
 
 
 def check_progress(meta: dict) -> None:
-    """Raise ValueError unless the step and the best loss of a run are numbers that can be."""
+    """Raise ValueError unless the step and the best loss of a run are valid numbers."""
     step, best_loss = meta["step"], meta["best_loss"]
     best_step = meta.get("best_step", 0)  # which runs of older versions do not have, nor `data`
     if type(step) is not int or step < 0:
@@ -137,20 +137,41 @@ def make_settings(cls: type[Dataclass], values: dict) -> Dataclass:
 
 def fingerprint(**tokens: ndarray) -> dict[str, str]:
     """Return {name: a readable fingerprint of tokens (N,)}."""
-    return {
-        name: f"{len(ids)} tokens, checksum {zlib.crc32(ids.data):08x}"
-        for name, ids in tokens.items()
-    }
+    return {name: f"{len(ids)} tokens, checksum {checksum(ids)}" for name, ids in tokens.items()}
+
+
+def checksum(array: ndarray) -> str:
+    """Return the CRC32 of the bytes of an array."""
+    return f"{zlib.crc32(np.ascontiguousarray(array).data):08x}"
+
+
+def measured(val_tokens: ndarray, config: Any) -> dict[str, str]:
+    """Return a fingerprint of what a validation with a train.TrainConfig measures."""
+    what = fingerprint(eval_tokens=val_tokens[: config.eval_tokens])
+    return {name: f"{text}, in windows of {config.seq_len}" for name, text in what.items()}
 
 
 def check_data(folder: Path, before: Any, now: dict[str, str]) -> None:
     """Raise ValueError if a run's data are not those of `before`, None in older checkpoints."""
-    for name in now if before else ():
+    for name in ("data", "val_data") if before else ():
         if before.get(name) != now[name]:
             raise ValueError(
                 f"{folder}: --{name} has {now[name]}, but the run has been trained with "
                 f"{preview(before.get(name))}: give the same, or --other_data to go on with these"
             )
+
+
+VALIDATION = "val_data", "eval_tokens"  # the data for validation, and what is measured of them
+
+
+def same_validation(before: Any, now: dict[str, str] | None) -> bool:
+    """Tell whether two losses can be compared: `before` and `now` tell on which tokens they were.
+
+    What one of them does not tell, as older runs did not, counts as the same.
+    """
+    before, now = before or {}, now or {}
+    names = (name for name in VALIDATION if before.get(name) and name in now)
+    return all(before[name] == now[name] for name in names)
 
 
 # The best model, with its loss beside it: the checkpoint that a run goes on from may be older
@@ -161,28 +182,32 @@ def save_best(
 ) -> None:
     """Write best/ of a run's folder: model.bin, and its validation loss on a run's `data`.
 
-    The renames follow each other at once. The loss comes first: after a kill between the two, the
-    same step writes the same again.
+    The renames follow each other at once. After a kill between the two, the checksum tells that the
+    loss, which comes first, is not that of the model.
     """
     with atomic_write(folder / "best" / "model.bin") as file:
         llmc.write_model(file, params.config, params.named.__getitem__)
         sync(file)
         with atomic_write(folder / "best" / BEST_LOSS) as small:
-            facts = {"val_loss": val_loss, "val_data": data and data["val_data"]}
+            facts = {"val_loss": val_loss, "parameters": checksum(params.flat.astype("<f4"))}
+            facts |= {name: data[name] for name in VALIDATION if data and name in data}
             small.write(json.dumps(facts).encode() + b"\n")
 
 
 def best_loss(folder: Path, data: dict[str, str] | None = None) -> float:
     """Return the validation loss of the best model of a run's folder.
 
-    Infinity if none is known, or if it is that of other validation data than a run's `data`.
+    Infinity if none is known, if it is that of another model, or if it was measured on other tokens
+    than those of a run's `data`.
     """
     path = folder / "best" / BEST_LOSS
     if path.exists() and path.with_name("model.bin").exists():
         try:
             facts = read_json(path)
-            is_other = data and facts.get("val_data") not in (None, data["val_data"])
-            return math.inf if is_other else float(facts["val_loss"])
+            flat = llmc.load_params(path.with_name("model.bin")).flat
+            is_of_it = facts.get("parameters") in (None, checksum(flat))
+            counts = is_of_it and same_validation(facts, data)
+            return float(facts["val_loss"]) if counts else math.inf
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             info(f"{path}: ignored, it holds no loss: {preview(str(error))}")
     return math.inf

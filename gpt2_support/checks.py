@@ -126,6 +126,12 @@ def check_targets(
     return tokens, targets.ravel(), n_counted
 
 
+def check_grads(params: Params, grads: Params | None) -> None:
+    """Raise ValueError unless grads, if there are any, are a Params of the same shapes."""
+    if grads is not None and getattr(grads, "config", None) != params.config:
+        raise ValueError("grads are not those of this model: params.zeros_like() makes some")
+
+
 def check_dlogits(params: Params, tokens: ArrayLike, dlogits: ArrayLike) -> Float[ndarray, "N V"]:
     """Return dlogits as rows; raises ValueError unless it has the shape of the logits."""
     shape = *np.shape(tokens), params.config.n_vocab

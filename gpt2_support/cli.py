@@ -47,7 +47,13 @@ def command(program: str, *args: object) -> str:
     """Return what to type here to run a program, with these arguments."""
     words = [COMMANDS[program]] if is_command() else ["python", script_path(program)]
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return join([*words, *map(str, args)])
+    return join([*words, *map(as_argument, args)])
+
+
+def as_argument(value: object) -> str:
+    """Return a value as a word of a command: a path never looks like a flag."""
+    is_like_a_flag = isinstance(value, Path) and str(value).startswith("-")
+    return os.path.join(".", str(value)) if is_like_a_flag else str(value)
 
 
 def script_path(program: str) -> str:
@@ -165,7 +171,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         flag = message.removeprefix("argument ").removesuffix(": expected one argument")
-        if getattr(self._option_string_actions.get(flag), "type", None) is text:
+        kind = getattr(self._option_string_actions.get(flag), "type", None)
+        if kind in (text, name, path, folder):
             message += f"; one that begins with a dash is given as {flag}=-..."
         info(f"{self.prog}: error: {one_line(message)} (see --help)")
         sys.exit(2)
@@ -287,4 +294,8 @@ def status_of(function: Callable[[], object]) -> int | str | None:
             info(message)
             return 2
         return printable(message, sys.stderr)
+    except RuntimeError as error:
+        if "start new thread" not in str(error):  # where there are as many as there may be
+            raise
+        return f"{Path(sys.argv[0]).name}: error: {error}: the system refuses it"
     return None

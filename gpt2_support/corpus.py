@@ -33,14 +33,14 @@ SEPARATORS = {
 }
 
 Paths = Sequence[Path | str]
-Batch = list[str | None]  # texts in order; None marks the start of a document
+Texts = list[str | None]  # texts in order; None marks the start of a document
 Ids = NDArray[np.uint16]
 Report = Callable[[int], object]  # is called with the number of bytes read since the last call
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What this room needs of `encoder.Encoder`."""
+    """What this module needs of `encoder.Encoder`."""
 
     eot: int | None
     n_vocab: int
@@ -131,7 +131,7 @@ def read_documents(
     docs: str,
     chunk_size: int = CHUNK,
     report: Report = ignore,
-) -> Iterator[Batch]:
+) -> Iterator[Texts]:
     """Yield lists of texts in which None marks the start of each document, a list for each chunk.
 
     `docs` is "file" if each file is a document, "lines" if each line is one (without its line end),
@@ -141,7 +141,7 @@ def read_documents(
     for path in paths:
         in_document = False
         for chunk in read_chunks(path, chunk_size, report):
-            batch: Batch = []
+            batch: Texts = []
             for i, text in enumerate(SEPARATORS[docs].split(chunk)):
                 in_document = in_document and i == 0
                 if text and not in_document:
@@ -156,7 +156,7 @@ def read_documents(
 # Encoding
 
 
-def encode_batch(enc: Encoder, batch: Batch) -> Ids:
+def encode_batch(enc: Encoder, batch: Texts) -> Ids:
     """Return the ids of a list from `read_documents`, with `enc.eot` for None."""
     ids = chain.from_iterable([enc.eot] if text is None else enc.encode(text) for text in batch)
     return np.fromiter(ids, np.uint16)
@@ -183,12 +183,12 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-def encode_in_worker(batch: Batch) -> Ids:
+def encode_in_worker(batch: Texts) -> Ids:
     """Return the ids of a list from `read_documents`, in a prepared process."""
     return encode_batch(worker_encoder, batch)
 
 
-def encode_batches(enc: Encoder, batches: Iterable[Batch], n_procs: int) -> Iterator[Ids]:
+def encode_batches(enc: Encoder, batches: Iterable[Texts], n_procs: int) -> Iterator[Ids]:
     """Yield the ids of each batch, in order, from `n_procs` processes."""
     if n_procs == 1:
         yield from (encode_batch(enc, batch) for batch in batches)
@@ -243,7 +243,7 @@ def encode_files(
     for path in paths:
         warn_unless_utf8(path)
 
-    def count_documents(batches: Iterable[Batch]) -> Iterator[Batch]:
+    def count_documents(batches: Iterable[Texts]) -> Iterator[Texts]:
         nonlocal n_docs
         for batch in batches:
             n_docs += batch.count(None)

@@ -6,7 +6,6 @@ import contextlib
 import math
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,9 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
-    from numpy import ndarray
+    from gpt2_support.shapes import Batch
 
-    Batch = tuple[ndarray, ndarray]  # tokens and targets, (B, T) each
     LossAndGrads = Callable[..., tuple[float, Params]]  # gpt2.loss_and_grads
     Work = Callable[[int, int], object]  # work(i, n) does share i of n
 
@@ -96,7 +94,6 @@ class DataParallel:
         else:
             self.params, self.grads = params, params.zeros_like()
         self._n_cores = blas.get_threads()
-        self.threads = ThreadPoolExecutor(max(n_procs, self._n_cores))
 
     def loss_and_grads(
         self, params: Params, batches: Iterable[Batch], *seed: int
@@ -159,7 +156,7 @@ class DataParallel:
         """Return [work(0, n), work(1, n), ...]: elementwise work, shared among n threads."""
         is_large = self.grads.flat.size > 1 << 20  # so that waking a thread costs less than it does
         n = max(self.n_procs, self._n_cores) if is_large else self.n_procs
-        return serial(work) if n == 1 else list(self.threads.map(work, range(n), [n] * n))
+        return serial(work) if n == 1 else list(blas.thread_pool().map(work, range(n), [n] * n))
 
     def time_batch(self, params: Params, batch: Batch) -> float:
         """Return the seconds that loss and gradient of a batch take on the slowest rank."""
@@ -181,7 +178,7 @@ def fastest(
     loss_and_grads: LossAndGrads,
     params: Params,
     batch: Batch,
-    proc_counts: Sequence[int],
+    counts: Sequence[int],
     group: ProcessGroup | None = None,
     dropout: float = 0.0,
 ) -> tuple[DataParallel, float]:
@@ -190,26 +187,27 @@ def fastest(
     Counts are tried as they come, up to the first that is slower than the one before, or whose
     processes cannot start.
     """
-    n_most, group = max(proc_counts), group or ProcessGroup()
+    n_most, group = max(counts), group or ProcessGroup()
     try:
         workers = DataParallel(loss_and_grads, params, n_most, group, dropout)
     except OSError as error:  # no memory that can be shared
-        if proc_counts[0] > 1 or group.size > 1:  # all ranks try the same
+        if counts[0] > 1 or group.size > 1:  # all ranks try the same
             raise
         info(f"1 process is used, as {n_most} cannot share memory: {error}")
-        workers, proc_counts = DataParallel(loss_and_grads, params, 1, group, dropout), [1]
-    best, least = proc_counts[0], math.inf
-    for workers.n_procs in proc_counts:
+        workers, counts = DataParallel(loss_and_grads, params, 1, group, dropout), [1]
+    best, least = counts[0], math.inf
+    for n in counts:
+        workers.n_procs = n
         try:
             seconds = workers.time_batch(workers.params, batch)
         except (OSError, MemoryError) as error:
-            if workers.n_procs == proc_counts[0] or group.size > 1:
+            if n == counts[0] or group.size > 1:
                 raise
-            info(f"processes: {best} instead of {workers.n_procs}: {error}")
+            info(f"processes: {best} instead of {n}: {error}")
             break
         if seconds > least:
             break
-        best, least = workers.n_procs, seconds
+        best, least = n, seconds
         blas.trim_memory()  # several processes need less each
     if best != workers.n_procs:
         workers.stop()

@@ -100,6 +100,11 @@ def find(name: Path) -> Path:
     raise FileNotFoundError(f"{name}: no such file{advice(name)}")
 
 
+def default_docs(text: str | Path) -> str:
+    """Return what separates the documents of a text, as --docs says it, if that is not given."""
+    return DATA_SETS[str(text)].docs if str(text) in DATA_SETS else "eot"
+
+
 def advice(name: Path) -> str:
     """Return how to make a file that is not there, by its name."""
     commands, stem = [], name.stem
@@ -214,7 +219,7 @@ def learn_tokenizer(
 
 
 def explain(error: ValueError, text: Path, n_vocab: int) -> ValueError:
-    """Return what to say if no vocabulary can be learned: advice that does not fail later."""
+    """Return what to say if no vocabulary can be learned, with advice that works next time."""
     n_bytes = text.stat().st_size
     if n_bytes == 0 or n_vocab < 257:
         return error

@@ -36,7 +36,8 @@ class ProcessGroup:
     All processes call the same methods in the same order, as with torch.distributed.
     """
 
-    rank, size, n_ranks_here = 0, 1, 1  # on this machine
+    rank, size = 0, 1
+    n_ranks_here = 1  # on this machine
     n_cores = len(usable_cores())  # this process's part of the machine
 
     def __enter__(self) -> ProcessGroup:

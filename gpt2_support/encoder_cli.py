@@ -65,6 +65,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_decode_command(commands)
     args = parser.parse_args(argv)
     args.error = parser.error
+    if args.command == "encode" and args.docs is None:
+        args.docs, *others = {datasets.default_docs(text) for text in args.texts}
+        if others:
+            parser.error("--docs is needed: the documents of these texts are separated in two ways")
     return args
 
 
@@ -126,7 +130,8 @@ def add_encode_command(commands: argparse._SubParsersAction) -> cli.ArgumentPars
     add("--out", type=cli.path, required=True, help="the file to write (required); the tokenizer "
         "goes beside it, for train.py: stories.tokenizer.bin for stories.bin")  # fmt: skip
     docs = "what a document is: a whole file, a line (without its line end), or what lies between "
-    add("--docs", choices=corpus.SEPARATORS, default="eot", help=f"{docs}lines of only {EOT_TEXT}")
+    docs += f"lines of only {EOT_TEXT} (default: eot; lines for the data set names)"
+    add("--docs", choices=corpus.SEPARATORS, help=docs)
     add("--n_procs", type=cli.positive_int, default=n_procs, help="processes to use")
     return parser
 

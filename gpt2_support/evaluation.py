@@ -123,10 +123,10 @@ def measure(
 
     All ranks of a group call this, share the work, and have the same result.
 
-    `gpt2` is the module, whose function computes. `lengths` are the bytes of text that each token
-    of the vocabulary stands for, 0 for end-of-text, which must be predicted as any other token. See
-    `Windows` for seq_len and stride, and for what raises ValueError, as do ids that the model does
-    not have.
+    `gpt2` is the module of that name, which this package does not import. `lengths` are the bytes
+    of text that each token of the vocabulary stands for, 0 for end-of-text, which must be predicted
+    as any other token. See `Windows` for seq_len and stride, and for what raises ValueError, as do
+    ids that the model does not have.
     """
 
     def losses(batch: Batch) -> Float[ndarray, "B T"]:

@@ -1,6 +1,6 @@
 """The flags of evaluate.py, and what it prints: figures of a text, of LAMBADA, of HellaSwag.
 
-The module gpt2, whose functions compute, and the module encoder are given by those who call.
+The modules gpt2 and encoder are passed in by the caller.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for applies, flags, reason in rules:
         for name in sorted(flags & given if applies else ()):
             parser.error(f"argument --{name}: it would do nothing, since {reason}")
-    if str(args.data) in datasets.DATA_SETS and "docs" not in given:
-        args.docs = datasets.DATA_SETS[str(args.data)].docs
+    if "docs" not in given:
+        args.docs = datasets.default_docs(args.data)
     return args
 
 
@@ -213,9 +213,9 @@ def score_text(
     nats = evaluation.token_losses(lambda batch: gpt2.token_losses(params, *batch), windows)
     evaluation.check_finite(nats)
     n_bytes = int(datasets.token_lengths(enc)[tokens[1:]].sum())
-    result = evaluation.Evaluation(
-        float(nats.sum(dtype=np.float64)), len(nats), n_bytes, float((nats * nats).sum())
-    )
+    sums = (float(x.sum(dtype=np.float64)) for x in (nats, np.square(nats, dtype=np.float64)))
+    total, squares = sums
+    result = evaluation.Evaluation(total, len(nats), n_bytes, squares)
     rows = [
         {"id": id, "text": enc.decode([id]), "nats": loss, "prob": math.exp(-loss)}
         for id, loss in zip(tokens[1:].tolist(), nats.tolist(), strict=True)

@@ -56,7 +56,7 @@ class Hook:
         """Return the hook for the names within a block."""
         return self
 
-    def is_whole(self, name: str) -> bool:
+    def needs_whole(self, name: str) -> bool:
         """Whether the activation is needed in one array, not in tiles."""
         return False
 
@@ -121,7 +121,7 @@ class Hooks(Hook):
         inner._block = f"{block}."
         return inner
 
-    def is_whole(self, name: str) -> bool:
+    def needs_whole(self, name: str) -> bool:
         is_dropped = self._drop is not None and name in DROPPED
         return is_dropped or self._record_grads is not None or self._block + name in self._edits
 

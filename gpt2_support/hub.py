@@ -22,7 +22,7 @@ from gpt2_support.formats.llmc import load_params
 from gpt2_support.formats.token_table import load_tokenizer, save_tokenizer
 from gpt2_support.http import NETWORK_ADVICE, BadAnswer, Effort, RefusedRequest, fetch, public
 from gpt2_support.messages import info, preview
-from gpt2_support.weights import convert, find_reader
+from gpt2_support.weights import convert, find_reader, find_run
 
 OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 DATA_FILE = "model.ckpt.data-00000-of-00001"
@@ -103,22 +103,29 @@ def find_model(
     raise FileNotFoundError(
         f"no model {name}: expected a model file, or a folder with "
         f"model.bin, at one of {', '.join(map(str, paths))}, or one of {', '.join(MODEL_NAMES)}, "
-        f"or owner/name of the Hugging Face hub, to download{found_there(Path(name))}"
+        f"or owner/name of the Hugging Face hub, to download{problem_with(Path(name))}"
     )
 
 
 def find_tokenizer(name: str | Path, models_dir: str | Path = MODELS_DIR) -> Path:
-    """Return the folder of a model that has a token table, or the path that `find_model` finds.
+    """Return a path with a token table: `name` itself, or the folder of a model of that name.
 
-    Of one of OpenAI's models that is not there, the table alone is downloaded.
+    What is not there is downloaded: of OpenAI's models the table alone, of the others the model.
+    A folder without a table is returned if there is nothing to download.
     """
     name = MODEL_ALIASES.get(str(name), str(name))
-    for folder in candidates(name, models_dir):
-        if folder.exists() and (has_tokenizer(folder) or name not in MODEL_NAMES):
-            return folder
-    if name not in MODEL_NAMES:
+    paths = [Path(name), *candidates(name, models_dir)]
+    for path in paths:
+        if path.is_file() or has_tokenizer(path):
+            return path
+    if name in MODEL_NAMES:
+        return download_tokenizer(name, Path(models_dir))
+    try:
         return find_model(name, models_dir)
-    return download_tokenizer(name, Path(models_dir))
+    except FileNotFoundError:
+        for folder in filter(Path.is_dir, paths):
+            return folder
+        raise
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -152,7 +159,7 @@ def can_be_downloaded(name: str, models_dir: Path) -> bool:
     return huggingface_hub.is_repository(name) and not is_path
 
 
-def found_there(path: Path) -> str:
+def problem_with(path: Path) -> str:
     """Return what is wrong with a folder that is not a model, for a message."""
     try:
         find_reader(path)
@@ -174,7 +181,9 @@ def find_default_model(models_dir: str | Path = MODELS_DIR) -> Path:
         return find_model("124M", models_dir, hurried=True)
     except (OSError, ValueError) as error:
         path = find_model(BUNDLED_MODEL, models_dir)
-        if not isinstance(error, (ConnectionError, RefusedRequest, BadAnswer)):  # has been told
+        if not isinstance(
+            error, (ConnectionError, RefusedRequest, BadAnswer)
+        ):  # `fetch_model` has told
             info(str(error))
         info(
             "GPT-2 is not here and cannot be downloaded now: using the bundled model "
@@ -211,6 +220,11 @@ def download(
     if find_problem(folder, name) is None and not work.exists() and not lock.exists():
         info(f"{folder}: already downloaded")
         return folder
+    if find_run(folder):
+        raise ValueError(
+            f"{folder}: holds a training run ({find_run(folder)[0].name}), not the model {name}: "
+            "move it, or give another folder of models"
+        )
     models_dir.mkdir(parents=True, exist_ok=True)
     owner = [folder.parent] if "/" in name else []
     with hold_lock(lock), make_folders(*owner, folder, work):

@@ -19,21 +19,20 @@ def deferred_interrupts() -> Iterator[Callable[[], bool]]:
     """Give a function that tells whether Ctrl-C, SIGTERM or SIGHUP has come since the block began.
 
     A second Ctrl-C raises KeyboardInterrupt at once, unless it comes within a second of the first:
-    then it is mpiexec that passes on a signal which every process has already received. A SIGHUP
-    that `nohup` has told us to ignore stays ignored.
+    then it is mpiexec that passes on a signal which every process has already received. What a
+    shell has told us to ignore, SIGHUP by `nohup` or SIGINT by `&` in a script, stays ignored.
     """
     timestamps: list[float] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         if not timestamps:
-            print("\nstopping after this step (again: at once, unsaved) ...", file=sys.stderr)
+            info("\nstopping after this step (again: at once, unsaved) ...")
         elif time.monotonic() > timestamps[0] + 1:
             raise KeyboardInterrupt
         timestamps.append(time.monotonic())
 
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signals.append(signal.SIGHUP)
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    signals = [n for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN]
     handlers = [signal.signal(number, handle) for number in signals]
     try:
         yield lambda: bool(timestamps)

@@ -165,7 +165,8 @@ class AdamW:
         p, g = params.flat[self.shard], grads.flat[self.shard]
 
         def update(i: int, n: int) -> None:
-            self._update(i, n, p, g, lr, t, config, scale)
+            with np.errstate(all="ignore"):  # train.py tells of parameters that are not finite
+                self._update(i, n, p, g, lr, t, config, scale)
 
         with blas.one_thread():  # each thread of ours has one, so their number changes no bit
             parallel(update)
@@ -226,11 +227,7 @@ def time_update(optimizer: AdamW, params: Params, config: Any, workers: DataPara
     one_in = max(1, -(-other.m.size // TIMED))  # a shard may be empty
 
     def sample(work: Callable[[int, int], object]) -> list:
-        def part(i: int, n: int) -> None:
-            with np.errstate(all="ignore"):  # of this thread
-                work(i, n * one_in)
-
-        return workers.parallel(part)
+        return workers.parallel(lambda i, n: work(i, n * one_in))
 
     seconds = []
     for t in (1, 2):  # the first also fetches memory
@@ -253,13 +250,13 @@ def blocks(given: list[Span], shard: slice) -> list[tuple[slice, list[Span]]]:
     Those of a stretch without gaps are equal. Each is (its slice of the shard, its spans): many
     that are short, or a part of a long one.
     """
-    found, here = [], cut(given, shard.start, shard.stop)
+    parts, here = [], cut(given, shard.start, shard.stop)
     for first, end, _ in join([(start, stop, True) for start, stop, _ in here]):
         n = -(-(end - first) // BLOCK)
         bounds = [first + (end - first) * i // n for i in range(n + 1)]
         for start, stop in itertools.pairwise(bounds):
-            found.append((slice(start, stop), cut(here, start, stop)))
-    return found
+            parts.append((slice(start, stop), cut(here, start, stop)))
+    return parts
 
 
 def join(spans: list[Span]) -> list[Span]:

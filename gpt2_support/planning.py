@@ -268,8 +268,9 @@ def plan_steps(args: Namespace, state: Any, seconds: float, n_tokens: int) -> No
     config.steps = state.step + n_steps
     if not args.resume:
         every = dict.fromkeys(EVERY, math.ceil(n_steps / n_reports))
-        validation = 3 * 0.05 * left / n_reports / seconds  # of a step, a third is the forward
-        n_eval = min(config.eval_tokens, 2 + int(validation * config.tokens_per_step))
+        # Validations take a twentieth of the time. They are forward only, a third of a step's work.
+        steps_worth = 3 * 0.05 * left / n_reports / seconds
+        n_eval = min(config.eval_tokens, 2 + int(steps_worth * config.tokens_per_step))
         choose(args, config, **every, eval_tokens=n_eval, warmup=default_warmup(n_steps))
 
 

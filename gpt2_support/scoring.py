@@ -59,10 +59,10 @@ class Group(NamedTuple):
 def score(gpt2: Any, params: Params, requests: Sequence[Request]) -> list[list[Score]]:
     """Return the Score of each ending of each request, with a progress bar.
 
-    `gpt2` is the module, whose functions compute. A context that is too long loses its beginning,
-    as in lm-evaluation-harness. Raises ValueError for an empty ending or context, for an ending
-    of more than n_ctx tokens, for ids outside the vocabulary, and for a model whose logits are not
-    finite.
+    `gpt2` is the module of that name, which this package does not import. A context that is too
+    long loses its beginning, as in lm-evaluation-harness. Raises ValueError for an empty ending or
+    context, for an ending of more than n_ctx tokens, for ids outside the vocabulary, and for a
+    model whose logits are not finite.
     """
     groups: list[Group] = []
     n_scores = 0

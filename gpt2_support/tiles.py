@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # for readers and checkers; nothing is imported when the prog
 
 QUERIES = 128  # queries of a tile
 BLOCK = 1 << 18  # values of a block of rows
-WORK = 64  # multiplications of a product that take as long as GELU of one value, about
+WORK = 64  # GELU of one value takes about as long as so many multiplications of a product
 
 
 class Tile(NamedTuple):
@@ -51,7 +51,7 @@ def apply(
     Under INFERENCE no tiles are kept. A hook that changes the weights receives them whole, in one.
     """
     B, H, T, D = q.shape
-    if hook.is_whole("attn.att"):
+    if hook.needs_whole("attn.att"):
         out, att = attention(q, k, v, positions, hook)
         return out, [Tile(slice(0, H), slice(0, T), att)]
     out = np.empty((B, T, H, D), q.dtype).swapaxes(1, 2)  # in this order merging heads is free
@@ -82,7 +82,7 @@ def apply_backward(
     hook: Hook = NO_HOOK,
 ) -> tuple[Heads, Keys, Keys]:
     """Return dq, dk, dv from `attention_backward`, summed over the tiles."""
-    if hook.is_whole("attn.att"):
+    if hook.needs_whole("attn.att"):
         return attention_backward(dout, (q, k, v, tiles[0].att), hook)
     dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
     starts = sorted({tile.heads.start for tile in tiles})

@@ -11,10 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2_support import checkpoint, cli, datasets, folders, hub, run_folder
+from gpt2_support import checkpoint, cli, corpus, datasets, folders, hub, run_folder
 from gpt2_support.cli import BadArgument
 from gpt2_support.encoder_cli import vocabulary_size
 from gpt2_support.messages import info
+from gpt2_support.optimizers import OPTIMIZERS
 from gpt2_support.params import Config, named_shapes
 from gpt2_support.planning import default_warmup, memory
 
@@ -61,10 +62,8 @@ EVALUATION |= {"stride"}
 positive, natural, number = cli.positive_int, cli.natural, cli.number
 
 
-def make_parser(
-    settings: dict[str, Any], docs: Sequence[str], optimizers: Sequence[str]
-) -> cli.ArgumentParser:
-    """Return the parser; `settings` are the defaults of a run, the others choices of flags."""
+def make_parser(settings: dict[str, Any]) -> cli.ArgumentParser:
+    """Return the parser; `settings` are the defaults of a run."""
     parser = cli.ArgumentParser(
         prog="train.py",
         description="Train GPT-2 on your own text, from scratch or from a model. Ctrl-C saves and "
@@ -97,7 +96,7 @@ def make_parser(
         ("tokenizer", cli.name, "a tokenizer file, or a folder or model that has one (default: "
          "that of --init, or what `encode` left beside a .bin, or one learned from the text)"),
         ("n_vocab", vocabulary_size, "size of the vocabulary that is learned from a text"),
-        ("docs", [*docs], "what a document of a text is: see encoder.py encode"),
+        ("docs", [*corpus.SEPARATORS], "what a document of a text is: see encoder.py encode"),
     )  # fmt: skip
     group.add_argument(
         "--raw",
@@ -146,7 +145,7 @@ def make_parser(
         ("warmup", natural, "steps until the highest learning rate (default: a tenth of --steps, "
          "100 at most)"),
         ("decay_steps", positive, "steps until --min_lr (default: --steps)"),
-        ("optimizer", [*optimizers], "muon changes the matrices of the blocks in all directions "
+        ("optimizer", [*OPTIMIZERS], "muon changes the matrices of the blocks in all directions "
          "alike, which takes fewer steps, and leaves the rest to AdamW"),
         ("muon_lr", number, "Muon: the highest learning rate of those matrices; it follows the "
          "schedule of --lr, that of the others (default: 0.02, scaled with --lr)"),
@@ -233,8 +232,8 @@ def parse_args(
 def defaults_of(args: Namespace) -> dict[str, Any]:
     """Return the defaults that differ for a model that is tuned, and for a data set by name."""
     defaults: dict[str, Any] = dict(FINE_TUNING) if args.init != "scratch" else {}
-    if str(args.data) in datasets.DATA_SETS:
-        defaults["docs"] = datasets.DATA_SETS[str(args.data)].docs
+    if args.data:
+        defaults["docs"] = datasets.default_docs(args.data)
     return defaults
 
 
@@ -408,6 +407,7 @@ def say_done(state: Any, args: Namespace) -> None:
     if args.prompt.startswith("-"):
         words = [*words[1:], "--", args.prompt]
     command = cli.command("gpt2.py", *words)
-    lowest = f"; the lowest validation loss was {state.best_loss:.4f}, by {best}"
-    lowest = lowest if math.isfinite(state.best_loss) else ""
+    loss = min(state.best_loss, checkpoint.best_loss(args.out, state.data))
+    lowest = f"; the lowest validation loss was {loss:.4f}, by {best}"
+    lowest = lowest if math.isfinite(loss) else ""
     info(f"{result / 'model.bin'}: done{lowest}. To sample: {command}")

@@ -25,12 +25,12 @@ from gpt2_support.params import Config, Params, zeros
 
 Tokenizer = tuple[list[bytes], int | None]  # as load_tokenizer returns it
 OpenModel = Callable[[Path], contextlib.AbstractContextManager[tuple[Config, GetTensor]]]
-RUN_FILES = ("state.npz", "log.csv", "loss.png", "best")  # what train.py keeps beside a model
+RUN_FILES = ("best", "state.npz", "log.csv", "loss.png")  # what train.py keeps beside a model
 SAVE_ADVICE = "save it as safetensors, with save_pretrained(FOLDER) of transformers"
 
 
 def load_params(path: str | Path) -> Params:
-    """Return the Params of a model in any format that we read; those of `gpt2.load` are read-only.
+    """Return the Params, read-only, of a model in any format that we read.
 
     A model .bin file, or a folder that has one, is loaded by `llmc.load_params`. Others are
     converted in memory. Raises FileNotFoundError, or ValueError saying what is wrong with it.
@@ -63,6 +63,8 @@ def convert(
     FileNotFoundError, or ValueError naming the file and what is wrong with it.
     """
     source, target = Path(source), Path(target)
+    if to not in ("bin", "hf"):
+        raise ValueError(f"to = {to!r}: expected bin or hf")
     if dtype not in llmc.VERSIONS or (to == "hf" and dtype != "fp32"):
         raise ValueError(f"dtype {dtype!r}: expected fp32, or bf16 for a model.bin")
     folder = source.parent if source.is_file() else source
@@ -91,7 +93,7 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
     same = os.path.realpath(target) == os.path.realpath(source)
     if same or (target.exists() and source.exists() and os.path.samefile(source, target)):
         raise ValueError(f"{target} is the source itself: give another folder as the target")
-    if target.suffix == ".bin" or (target.exists() and not target.is_dir()):
+    if target.suffix == ".bin" or (os.path.lexists(target) and not target.is_dir()):
         raise ValueError(f"{target} is the name of a file: give a folder as the target")
     run = find_run(target)
     if run and not overwrite:

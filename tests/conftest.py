@@ -209,12 +209,13 @@ def run(uncounted):
 def call(capsys, monkeypatch):
     """`call(gpt2, "--help")` is `run("gpt2.py", "--help")` in this process: 50 times as fast.
 
-    The folder is the repository, `stdin=` a str. What was printed before is thrown away.
+    The folder is the repository, or `cwd=`; `stdin=` is a str. What was printed before is thrown
+    away.
     """
     from helpers import run_in_process
 
-    def command(module, *args, stdin=""):
-        monkeypatch.chdir(ROOT)
+    def command(module, *args, stdin="", cwd=ROOT):
+        monkeypatch.chdir(cwd)
         capsys.readouterr()
         done = run_in_process(module, args, stdin)
         out, err = capsys.readouterr()

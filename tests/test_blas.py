@@ -147,6 +147,16 @@ def test_an_error_in_a_thread_is_raised(monkeypatch):
         blas.parallel_for(function, 7, work=1 << 40)
 
 
+def test_threads_treat_floating_point_errors_as_the_caller_does(monkeypatch):
+    monkeypatch.setattr(blas, "get_threads", lambda: 3)
+    monkeypatch.setattr(blas, "set_threads", lambda n: None)
+    seen = []
+    with np.errstate(over="ignore", divide="raise"):
+        expected = np.geterr()
+        blas.parallel_for(lambda part: seen.append(np.geterr()), 3, work=1 << 40)
+    assert seen == 3 * [expected]
+
+
 def test_one_blas_thread_is_for_the_block_only():
     before = blas.get_threads()
     with pytest.raises(KeyError), blas.one_thread():

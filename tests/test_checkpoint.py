@@ -102,6 +102,12 @@ def test_check_progress_refuses_wrong_types_and_ranges(change):
         checkpoint.check_progress({"step": 0, "best_loss": 1.5} | change)
 
 
+def test_load_state_without_memory_does_not_call_it_damaged(tmp_path):
+    train.save_checkpoint(tmp_path, tiny_state())
+    with pytest.raises(MemoryError, match="much"), checkpoint.load_state(tmp_path):
+        raise MemoryError("too much")
+
+
 def test_load_state_without_one_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no run to resume"):
         train.load_checkpoint(tmp_path)

@@ -16,6 +16,18 @@ from gpt2_support import cli, folders, weights_cli
 QUOTE = '"' if os.name == "nt" else "'"
 
 
+def test_a_system_without_threads_is_an_error_on_one_line():
+    def refused():
+        raise RuntimeError("can't start new thread")
+
+    def wrong():
+        raise RuntimeError("another error")
+
+    assert "error: can't start new thread: the system" in str(cli.status_of(refused))
+    with pytest.raises(RuntimeError, match="another"):
+        cli.status_of(wrong)
+
+
 @pytest.fixture
 def installed(monkeypatch):
     monkeypatch.setattr(folders, "INSTALLED", True)

@@ -130,6 +130,16 @@ def test_train_fetches_a_data_set_at_first_use_and_resumes(no_picture, call, sit
     assert len(site.log) == 1
 
 
+def test_encoder_separates_documents_as_the_data_set_does(call, site, enc, tmp_path):
+    enc.save(tmp_path / "tokenizer.bin")
+    flags = ("--tokenizer", tmp_path, "--out", tmp_path / "names.bin")
+    assert "in 1,200 documents" in call(encoder, "encode", "names", *flags).stderr
+    done = call(encoder, "encode", "names", *flags, "--docs", "file")
+    assert "in 1 documents" in done.stderr
+    done = call(encoder, "encode", "names", "tinystories", *flags)
+    assert done.returncode == 2 and "--docs is needed" in done.stderr.splitlines()[-1]
+
+
 def test_encoder_takes_the_name_of_a_data_set_or_of_its_file(call, site, enc, tmp_path):
     enc.save(tmp_path / "tokenizer.bin")
     flags = ("--tokenizer", tmp_path, "--out", tmp_path / "names.bin")

@@ -1,13 +1,14 @@
 """Tests of gpt2_support/hooks.py: what `edit` changes in the model, what is recorded, gradients."""
 
+import dataclasses
 import inspect
 
 import numpy as np
 import pytest
-from helpers import CONFIG, random_params, random_tokens
+from helpers import CONFIG, normal, random_params, random_tokens
 
 import gpt2
-from gpt2_support import hooks, tiles
+from gpt2_support import gradients, hooks, tiles
 
 EVERY = [name for name in hooks.activation_names(CONFIG) if name != "logits"]
 
@@ -190,6 +191,35 @@ def test_gradient_through_edits_is_numeric(edit):
     _, grads = gpt2.loss_and_grads(params, tokens, tokens, edit=edit)
     expected = numeric(loss_of, params.flat, direction, 1e-6)
     assert np.vdot(grads.flat, direction) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gradient_takes_logits_gradients_of_any_strides(monkeypatch, dtype):
+    monkeypatch.setattr(gradients, "WORTH_GEMM", 1)
+    params, tokens = random_params(dtype=dtype), random_tokens(6)
+    rows = normal(12, 2 * CONFIG.n_vocab).astype(dtype)
+    for dlogits in (
+        np.broadcast_to(rows[0, : CONFIG.n_vocab], (6, CONFIG.n_vocab)),
+        rows[5::-1, : CONFIG.n_vocab],
+        rows[::2, : CONFIG.n_vocab],
+        rows[:6, ::2],
+        rows[:6, CONFIG.n_vocab - 1 :: -1],
+    ):
+        expected = gpt2.gradient(params, tokens, dlogits.copy())
+        actual = gpt2.gradient(params, tokens, dlogits)
+        tolerance = 1e-5 if dtype == np.float32 else 1e-13
+        np.testing.assert_allclose(actual.flat, expected.flat, rtol=tolerance, atol=tolerance)
+
+
+def test_grads_of_another_model_are_refused():
+    params, tokens = random_params(), random_tokens(5)
+    other = type(params)(dataclasses.replace(CONFIG, n_layer=1))
+    loss_and_grads, gradient = map(inspect.unwrap, (gpt2.loss_and_grads, gpt2.gradient))
+    for grads in (other, np.zeros(5), 1):
+        with pytest.raises(ValueError, match=r"params.zeros_like\(\) makes some"):
+            loss_and_grads(params, tokens, tokens, grads)
+        with pytest.raises(ValueError, match=r"params.zeros_like\(\) makes some"):
+            gradient(params, tokens, normal(5, CONFIG.n_vocab), grads)
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 5)])

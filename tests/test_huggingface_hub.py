@@ -202,6 +202,23 @@ def test_download_recovers(site, models, faults):
     assert_fetched(download(models))
 
 
+def test_encoder_load_goes_on_with_an_interrupted_download(site, models):
+    site.faults[WEIGHTS] = ["drop", "drop"]
+    with pytest.raises(ZeroDivisionError):
+        hub.download(NAME, models, pause=lambda seconds: 1 / 0)
+    assert encoder.load(NAME, models).n_vocab == 260
+    assert_fetched(models / NAME)
+
+
+def test_download_leaves_a_training_run_alone_and_fetches_nothing(site, models):
+    (models / NAME).mkdir(parents=True)
+    (models / NAME / "log.csv").write_text("step")
+    before = contents(models)
+    with pytest.raises(ValueError, match=r"holds a training run \(log.csv\), not the model"):
+        download(models)
+    assert contents(models) == before and site.log == []
+
+
 def test_interrupted_download_goes_on_at_its_commit(site, models):
     body = site.repositories[NAME][WEIGHTS]
     site.faults[WEIGHTS] = ["drop", "drop"]  # of the first one only the size is wanted

@@ -23,14 +23,17 @@ def test_second_ctrl_c_does_not_wait_for_the_step(monkeypatch, capsys):
     assert capsys.readouterr().err.count("stopping after this step (again: at once, unsaved)") == 1
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
-def test_hang_up_stops_a_run_unless_nohup_is_there(capsys):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signal_stops_a_run_unless_a_shell_has_it_ignored(name):
+    if not hasattr(signal, name):
+        pytest.skip("Windows has no SIGHUP")
+    number = getattr(signal, name)
     for handler, expected in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
-        before = signal.signal(signal.SIGHUP, handler)
+        before = signal.signal(number, handler)
         try:
             with interrupts.deferred_interrupts() as interrupted:
-                signal.raise_signal(signal.SIGHUP)
+                signal.raise_signal(number)
                 assert interrupted() == expected
-            assert signal.getsignal(signal.SIGHUP) == handler
+            assert signal.getsignal(number) == handler
         finally:
-            signal.signal(signal.SIGHUP, before)
+            signal.signal(number, before)

@@ -1,6 +1,7 @@
 """Tests of gpt2_support/run_folder.py: one run at a time, and what replaces an older run, when."""
 
 import errno
+import json
 import os
 import shlex
 import shutil
@@ -498,7 +499,9 @@ def test_best_model_that_a_kill_has_kept_from_its_name_is_written_again(
     assert call(train, *fish("--save_every", 3, "--steps", 4)).returncode == 130
     monkeypatch.setattr(os, "replace", replace)
     assert train.load_checkpoint(out).step == 3
-    assert checkpoint.best_loss(out) < train.load_checkpoint(out).best_loss
+    facts = json.loads((out / "best" / "val_loss.json").read_text())
+    assert facts["val_loss"] < train.load_checkpoint(out).best_loss
+    assert checkpoint.best_loss(out) == np.inf  # it is not that of the model
     assert call(train, "--resume", "--out", out).returncode == 0
     for name in ("best/model.bin", "best/val_loss.json", "model.bin"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
@@ -561,6 +564,21 @@ def test_best_loss_on_other_validation_data_does_not_count(no_picture, call, fis
     assert train.load_checkpoint(out).best_loss == pytest.approx(checkpoint.best_loss(out))
 
 
+@pytest.mark.parametrize("n_tokens, is_other", [(9, True), (10**6, False)])
+def test_best_loss_on_more_validation_tokens_does_not_count(
+    no_picture, call, fish, out, text, n_tokens, is_other
+):
+    assert call(train, *fish("--val_data", text)).returncode == 0
+    state = train.load_checkpoint(out)
+    state.best_loss = 0.002
+    train.save_checkpoint(out, state)
+    checkpoint.save_best(out, state.params, 0.001, state.data)
+    resume = ("--resume", "--out", out, "--eval_tokens", n_tokens, "--steps", 8)
+    assert call(train, *resume).returncode == 0
+    assert (checkpoint.best_loss(out) > 0.1) == is_other
+    assert (train.load_checkpoint(out).best_loss > 0.1) == is_other
+
+
 def test_resume_with_another_batch_chooses_its_processes_anew(trained):
     state = train.load_checkpoint(trained)
     state.config.threads = 2
@@ -579,4 +597,4 @@ def test_checkpoint_of_an_older_version_resumes(trained, call, monkeypatch):
     (trained / "best" / "val_loss.json").unlink()
     monkeypatch.undo()
     assert call(train, "--resume", "--out", trained, "--steps", 8).returncode == 0
-    assert train.load_checkpoint(trained).data.keys() == {"data", "val_data"}
+    assert train.load_checkpoint(trained).data.keys() == {"data", "val_data", "eval_tokens"}

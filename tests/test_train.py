@@ -499,6 +499,14 @@ def scripted_losses(monkeypatch, losses):
     monkeypatch.setattr(train, "evaluate", scripted)
 
 
+def test_last_line_leads_to_a_folder_that_begins_with_a_dash(no_picture, call, fish, tmp_path):
+    done = call(train, *fish("--steps", 1, "--out=-dash"), cwd=tmp_path)
+    command = shlex.split(last_line(done.stderr).split("To sample: ")[1])
+    assert call(gpt2, *command[2:], "--n_tokens", 1, cwd=tmp_path).returncode == 0
+    done = call(train, "--resume", "--out", "-dash", cwd=tmp_path)
+    assert done.returncode == 2 and "is given as --out=-..." in last_line(done.stderr)
+
+
 def test_last_line_samples_from_a_prompt_that_begins_with_a_dash(no_picture, call, fish):
     done = call(train, *fish("--prompt=--the", "--steps", 1))
     command = shlex.split(last_line(done.stderr).split("To sample: ")[1])
@@ -528,6 +536,19 @@ def test_patience_counts_on_after_a_resume(no_picture, call, fish, out, monkeypa
     assert call(train, *fish(*arguments, "--steps", 6, "--decay_steps", 40)).returncode == 0
     assert call(train, "--resume", "--out", out, "--steps", 40).returncode == 0
     assert train.load_checkpoint(out).step == 8
+
+
+def test_patience_after_a_kill_counts_from_the_checkpoint(no_picture, call, fish, out, monkeypatch):
+    """The best model that the killed run has left may be of a later step."""
+    scripted_losses(monkeypatch, iter([5.0, 5.1, 4.8, 4.9, 4.7, 5.0, 5.0]))
+    arguments = ("--eval_every", 2, "--patience", 2, "--save_every", 100)
+    assert call(train, *fish(*arguments, "--steps", 4, "--decay_steps", 40)).returncode == 0
+    state = train.load_checkpoint(out)
+    train.checkpoint.save_best(out, state.params, 4.75, state.data)  # that of step 10, as it were
+    assert call(train, "--resume", "--out", out, "--steps", 40).returncode == 0
+    state = train.load_checkpoint(out)
+    assert (state.step, state.best_step) == (14, 10)
+    assert train.checkpoint.best_loss(out, state.data) == pytest.approx(4.7)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])

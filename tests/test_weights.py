@@ -45,6 +45,13 @@ def test_convert_onto_itself_is_refused_and_harmless(tmp_path, to):
     assert contents(tmp_path) == before
 
 
+def test_convert_to_an_unknown_format_is_refused(tmp_path):
+    openai_files.write_checkpoint(tmp_path / "in")
+    with pytest.raises(ValueError, match="to = 'safetensors': expected bin or hf"):
+        weights.convert(tmp_path / "in", tmp_path / "out", "safetensors")
+    assert not (tmp_path / "out").exists()
+
+
 def test_convert_keeps_the_old_target_when_the_source_is_bad(tmp_path):
     openai_files.write_checkpoint(tmp_path / "good")
     openai_files.write_checkpoint(tmp_path / "bad", **{"model/wte": {"crc": b"abcd"}})

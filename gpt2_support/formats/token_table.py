@@ -157,7 +157,7 @@ def sort_tokens(path: Path, ids: Mapping[bytes, Any]) -> list[bytes]:
 
 def read_merges(vocab_path: Path) -> list[list[str]]:
     """Return the merges, pairs of str, in the text file that belongs beside a vocabulary."""
-    path = vocab_path.with_name(dict(FILE_NAMES[1:3]).get(vocab_path.name, "merges.txt"))
+    path = vocab_path.with_name("vocab.bpe" if vocab_path.name == "encoder.json" else "merges.txt")
     try:
         with open_file(path) as file:
             lines = file.read().decode("utf-8").replace("\r\n", "\n").split("\n")
