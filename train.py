@@ -472,6 +472,8 @@ def train_command(args: Namespace) -> None:
     if not args.resume:
         run_folder.check_unused(out, args.overwrite)
     with group.rank_zero_first():  # it learns and encodes; the others find that done
+        for path in filter(None, (args.data, args.val_data)):
+            datasets.find(path)  # before a model is downloaded
         enc = find_tokenizer(args)
         if not (args.resume or args.overwrite):
             run_folder.check_tokenizer(out, (enc.tokens, enc.eot))

@@ -81,7 +81,7 @@ def check_tokens(
         check_cache(params, kv, B)
     end = T if kv is None else T + kv.length.max()
     if end > config.n_ctx:
-        raise ValueError(f"position {end} exceeds n_ctx = {config.n_ctx}")
+        raise ValueError(f"{end} tokens exceed n_ctx = {config.n_ctx}")
     return tokens
 
 

@@ -120,6 +120,8 @@ def is_file(text: str) -> bool:
 def run_evaluation(gpt2: Any, encoder: Any, argv: Sequence[str] | None = None) -> None:
     """Run the command line: `python evaluate.py --help`."""
     args = parse_args(argv)
+    if args.data is not None and not args.is_task:
+        datasets.find(args.data)  # before a model is downloaded
     path = hub.find_model_or_default(args.model, args.models_dir)
     params, folder = load_params(path), path if path.is_dir() else path.parent
     enc = encoder.load(args.tokenizer, args.models_dir) if args.tokenizer else encoder.load(folder)

@@ -16,7 +16,7 @@ from typing import Any
 
 from gpt2_support import cli, huggingface_hub
 from gpt2_support.files import DamagedFile, check_regular, file_hash, hold_lock, make_folders
-from gpt2_support.folders import BUNDLED_MODEL, MODELS_DIR, candidates
+from gpt2_support.folders import BUNDLED_DIR, BUNDLED_MODEL, MODELS_DIR, candidates
 from gpt2_support.formats import token_table
 from gpt2_support.formats.llmc import load_params
 from gpt2_support.formats.token_table import load_tokenizer, save_tokenizer
@@ -125,7 +125,11 @@ def find_tokenizer(name: str | Path, models_dir: str | Path = MODELS_DIR) -> Pat
     except FileNotFoundError:
         for folder in filter(Path.is_dir, paths):
             return folder
-        raise
+        raise FileNotFoundError(
+            f"no tokenizer {name}: expected a tokenizer.bin, tokenizer.json or encoder.json, or a "
+            f"folder with one, at one of {', '.join(map(str, paths))}, or one of "
+            f"{', '.join(MODEL_NAMES)}, or owner/name of the Hugging Face hub, to download"
+        ) from None
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -180,7 +184,7 @@ def find_default_model(models_dir: str | Path = MODELS_DIR) -> Path:
     try:
         return find_model("124M", models_dir, hurried=True)
     except (OSError, ValueError) as error:
-        path = find_model(BUNDLED_MODEL, models_dir)
+        path = BUNDLED_DIR / BUNDLED_MODEL
         if not isinstance(
             error, (ConnectionError, RefusedRequest, BadAnswer)
         ):  # `fetch_model` has told

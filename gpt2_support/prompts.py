@@ -43,7 +43,7 @@ def answer_prompts(
             too_long = f"{n_tokens} tokens"
         if too_long:
             refuse = info if args.interactive else args.error
-            refuse(f"prompt of {too_long} exceeds n_ctx = {n_ctx}")
+            refuse(f"the prompt of {too_long} exceeds the {n_ctx} tokens that the model reads")
             continue
         text = (text + prompt)[-longest:] if args.conversation else prompt
         text += answer(args, enc, params, decode, probs, enc.encode(text)[-n_ctx:]) + "\n"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpt2_support import folders
 from gpt2_support.files import hold_lock, make_folders, size_of
 from gpt2_support.formats.token_table import load_tokenizer
 from gpt2_support.interrupts import never_fatal
@@ -84,6 +85,9 @@ def has_model(folder: Path) -> bool:
 
 def check_unused(folder: Path, overwrite: bool) -> None:
     """Raise ValueError if a folder has a model already, which may not be replaced."""
+    bundled = folders.BUNDLED_DIR / folders.BUNDLED_MODEL
+    if os.path.realpath(folder) == os.path.realpath(bundled):
+        raise ValueError(f"{folder}: the bundled model is there: give another --out")
     if not overwrite and has_model(folder):
         resume = "--resume goes on with it, " if (folder / "state.npz").exists() else ""
         raise ValueError(

@@ -152,9 +152,10 @@ def plot_log(rows: list[Row], path: Path) -> None:
     """Draw training and validation loss over the steps to a PNG, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure  # without pyplot, which takes longer to import
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return
-    figure = Figure(figsize=(8, 5), dpi=120)
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for name, label in (("loss", "training (a batch)"), ("val_loss", "validation")):
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
@@ -164,6 +165,7 @@ def plot_log(rows: list[Row], path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=Path(path).parent.name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if rows:
         axes.legend()

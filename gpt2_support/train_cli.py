@@ -70,8 +70,8 @@ def make_parser(settings: dict[str, Any]) -> cli.ArgumentParser:
         "exits; --resume goes on, to the same result as if the run had never stopped.",
         usage="%(prog)s --data PATH [flags]\n       %(prog)s --resume --out PATH [flags]",
         examples=[
-            "python train.py --data stories.txt --minutes 10",
-            "python train.py --data stories.txt --n_layer 6 --n_embd 192 --steps 8000",
+            "python train.py --data mystory.txt --minutes 10",
+            "python train.py --data mystory.txt --n_layer 6 --n_embd 192 --steps 8000",
             "python train.py --data letters.txt --init 124M --out models/letters",
             "python train.py --resume --out models/letters",
             "python train.py --eval_only --init models/letters --data others.txt",
@@ -375,12 +375,22 @@ def describe(state: Any, n_tokens: int, seconds: float, head_rows: int) -> None:
     n_params = sum(math.prod(shape) for _, shape in named_shapes(model))  # without the padding
     n_bytes = memory(model, config, head_rows, ranks if state.optimizer.is_sharded else 1)
     info(
-        f"{n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} "
-        f"channels, {model.n_ctx} tokens of context, a vocabulary of {model.n_vocab}\n"
+        f"{n_params:,} parameters: {plural(model.n_layer, 'layer')}, "
+        f"{plural(model.n_head, 'head')}, {model.n_embd} channels, "
+        f"{model.n_ctx} tokens of context, a vocabulary of {model.n_vocab}\n"
         f"{steps} steps of {config.tokens_per_step} tokens, {n_passes:.1f} passes over {n_tokens}, "
-        f"at a learning rate of {config.lr:.2g}: about {steps * seconds / 60:.1f} minutes and "
+        f"at a learning rate of {config.lr:.2g}: {duration(steps * seconds)} and "
         f"{n_bytes / 1e6:.0f} MB of memory{who}, threads: {threads}"
     )
+
+
+def plural(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
+def duration(seconds: float) -> str:
+    """Return about how long something takes."""
+    return f"about {seconds / 60:.1f} minutes" if seconds >= 60 else f"about {seconds:.0f} seconds"
 
 
 def say_stopped(step: int, args: Namespace) -> None:

@@ -128,7 +128,7 @@ def find_reader(source: Path) -> tuple[OpenModel, Path, str]:
     if source.exists() and not source.is_dir():
         return llmc.open_model, source, "a model file"
     if not source.is_dir():
-        raise FileNotFoundError(f"{source}: no such folder")
+        raise FileNotFoundError(f"{source}: no such file or folder")
     names = sorted(path.name for path in source.iterdir())
     if "model.bin" in names:
         return llmc.open_model, source / "model.bin", "one of our models"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2_support import datasets
 from gpt2_support.cli import ArgumentParser, folder, path, run
+from gpt2_support.folders import candidates
 from gpt2_support.formats.llmc import VERSIONS
 from gpt2_support.hub import (
     MODEL_ALIASES,
@@ -117,7 +119,12 @@ def add_convert(commands: Commands) -> None:
         ],
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", type=path, help="a folder, a model .bin or a .safetensors file")
+    add(
+        "source",
+        metavar="SOURCE",
+        type=path,
+        help="a folder, a model .bin or a .safetensors file, or the name of a model that is here",
+    )
     add("target", metavar="TARGET", type=path, help="the folder to write")
     add(
         "--to",
@@ -144,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.keep and not any((path / name).exists() for name in ("openai", "huggingface")):
             info("--keep: the downloaded files are no longer there")
     else:
-        convert(args.source, args.target, args.to, args.overwrite, args.dtype)
+        here = [args.source, *candidates(args.source)]  # `stories`, say, the bundled model
+        source = next(filter(Path.exists, here), args.source)
+        convert(source, args.target, args.to, args.overwrite, args.dtype)
 
 
 def command() -> None:

@@ -901,7 +901,7 @@ def test_cache_takes_the_bytes_it_says():
         ("Once", "must be ids, found 'Once': encoder.load(name).encode(text) makes ids"),
         (b"Once", "must be ids, found b'Once'"),
         (bytearray(b"Once"), "must be ids, found bytearray(b'Once')"),
-        ([0] * 17, "position 17 exceeds n_ctx = 16"),
+        ([0] * 17, "17 tokens exceed n_ctx = 16"),
     ],
 )
 def test_forward_refuses_tokens(tokens, message):
@@ -945,7 +945,7 @@ def test_forward_refuses_a_position_beyond_the_cache_and_leaves_it_unchanged():
     params, kv = random_params(dtype=np.float32), gpt2.KVCache(CONFIG, 2)
     gpt2.forward(params, random_tokens(5), kv.row(0))
     gpt2.forward(params, random_tokens(10), kv.row(1))
-    with pytest.raises(ValueError, match=r"position 17 exceeds n_ctx = 16"):
+    with pytest.raises(ValueError, match=r"17 tokens exceed n_ctx = 16"):
         gpt2.forward(params, random_tokens(2, 7), kv)
     assert kv.length.tolist() == [5, 10]
     gpt2.forward(params, random_tokens(2, 6), kv)

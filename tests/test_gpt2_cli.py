@@ -281,7 +281,7 @@ def assert_fails(done, status, *fragments):
 
 def test_cli_prompt_too_long_is_one_line(cat, call):
     done = call(gpt2, "x" * 65, "--model", cat)
-    assert_fails(done, 2, "prompt of 65 tokens exceeds n_ctx = 64")
+    assert_fails(done, 2, "prompt of 65 tokens exceeds the 64 tokens that")
 
 
 def test_cli_prompt_may_fill_the_window(cat, cli):
@@ -392,7 +392,7 @@ def test_cli_stats_of_nothing_generated(cli, cat):
 def test_cli_interactive_goes_on_after_a_prompt_too_long(cli, cat):
     out, err = cli("--interactive", "--model", cat, stdin="x" * 100 + "\nThe cat\n")
     assert out == STORY.removeprefix("The cat") + "\n"
-    assert err == "prompt of 100 tokens exceeds n_ctx = 64\n"
+    assert err == "the prompt of 100 tokens exceeds the 64 tokens that the model reads\n"
 
 
 def test_cli_default_is_124m_where_it_is(cli, tmp_path, unreachable):
@@ -401,8 +401,10 @@ def test_cli_default_is_124m_where_it_is(cli, tmp_path, unreachable):
     assert cli("The cat", "--models_dir", tmp_path) == (STORY.removeprefix("The cat") + "\n", "")
 
 
-def test_cli_default_without_network_is_the_bundled_model(cli, tmp_path, unreachable):
-    script_model(tmp_path / "stories", STORY)
+def test_cli_default_without_network_is_the_bundled_model(cli, tmp_path, unreachable, monkeypatch):
+    script_model(tmp_path / "bundled" / "stories", STORY)
+    monkeypatch.setattr("gpt2_support.hub.BUNDLED_DIR", tmp_path / "bundled")
+    script_model(tmp_path / "stories", "The cat, another model of that name.")
     out, err = cli("The cat", "--models_dir", tmp_path)
     assert out == STORY.removeprefix("The cat") + "\n"
     assert "using the bundled model `stories`" in err.splitlines()[-1]
@@ -520,7 +522,7 @@ def test_cli_refuses_a_prompt_that_cannot_fit_unread(cat, monkeypatch, capsys):
         with pytest.raises(SystemExit) as exit:
             gpt2.main([prompt, "--model", str(cat)])
         assert exit.value.code == 2
-        assert "prompt of over 832 characters exceeds n_ctx = 64" in capsys.readouterr().err
+        assert "prompt of over 832 characters exceeds the 64 tokens" in capsys.readouterr().err
     assert sys.stdin.n_read == 64 * 13 + 3
 
 
@@ -529,7 +531,10 @@ def test_cli_interactive_drops_the_rest_of_a_line_that_cannot_fit(cat, cli):
         stdin = "x" * n + f"{end}The cat{end}" + "y" * n
         out, err = cli("--interactive", "--model", cat, "--n_tokens", 4, stdin=stdin)
         size = f"{n} tokens" if n <= 832 else "over 832 characters"
-        assert (out, err) == (" sat\n", 2 * f"prompt of {size} exceeds n_ctx = 64\n")
+        assert (out, err) == (
+            " sat\n",
+            2 * f"the prompt of {size} exceeds the 64 tokens that the model reads\n",
+        )
 
 
 def interrupt_after(monkeypatch, n):

@@ -469,6 +469,12 @@ def test_run_whose_output_goes_nowhere_comes_to_its_end(fish, out, streams):
     assert train.load_checkpoint(out).step == len([*runlog.iterate_log(out / "log.csv")]) == 6
 
 
+def test_bundled_model_is_not_replaced(call, fish, monkeypatch, tmp_path):
+    monkeypatch.setattr("gpt2_support.folders.BUNDLED_DIR", tmp_path)
+    done = call(train, *fish("--out", tmp_path / "stories", "--overwrite"))
+    assert done.returncode == 1 and "the bundled model is there" in done.stderr.splitlines()[-1]
+
+
 # --- the best model -----------------------------------------------------------------------------
 
 

@@ -416,7 +416,7 @@ def test_command_trains_from_text_and_its_last_line_samples(call, fish, out):
     best = min(float(row["val_loss"]) for row in rows if row["val_loss"])
     assert train.load_checkpoint(out).best_loss == pytest.approx(best, rel=1e-5)
     count = 260 * 8 + 8 * 8 + 12 * 8 * 8 + 13 * 8 + 2 * 8
-    assert f"{count:,} parameters: 1 layers, 2 heads, 8 channels" in done.stderr
+    assert f"{count:,} parameters: 1 layer, 2 heads, 8 channels" in done.stderr
     assert done.stderr.count("a sample at temperature 0.8") == 2 and done.stdout.strip()
     command = shlex.split(last_line(done.stderr).split("To sample: ")[1])
     assert command[:2] == ["python", "gpt2.py"]

@@ -90,7 +90,7 @@ def test_convert_of_something_else_says_what_was_found(tmp_path):
     assert "found notes.txt" in refusal(tmp_path / "in", tmp_path / "out")
     (tmp_path / "in" / "pytorch_model.bin").touch()
     assert "safetensors" in refusal(tmp_path / "in", tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
         weights.convert(tmp_path / "absent", tmp_path / "out")
 
 
@@ -112,7 +112,7 @@ def test_convert_command_writes_nothing_to_standard_output(call, tmp_path):
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [
-        (["convert", "absent", "out"], 1, "utils.py: error: absent: no such folder"),
+        (["convert", "absent", "out"], 1, "utils.py: error: absent: no such file or folder"),
         (["convert", "x"], 2, "required: TARGET"),
         (["convert", "x", "y", "--to", "z"], 2, "invalid choice: 'z'"),
         (["download", "../124M"], 2, "unknown model '../124M', expected one of 124M"),
