@@ -316,10 +316,14 @@ def mean_last(
 def max_last(x: Float[ndarray, "*N C"]) -> Float[ndarray, "*N 1"]:
     """Return the largest value along the last axis of (..., C) -> (..., 1).
 
-    On short rows argmax takes a third of the time of `max`.
+    `max` is slow on rows of few values. It is faster on columns, and argmax on longer rows.
     """
     rows = x.reshape(-1, x.shape[-1])
-    return rows[np.arange(len(rows)), rows.argmax(-1)].reshape(*x.shape[:-1], 1)
+    if x.shape[-1] <= 32:
+        largest = np.ascontiguousarray(rows.T).max(0)
+    else:
+        largest = rows[np.arange(len(rows)), rows.argmax(-1)]
+    return largest.reshape(*x.shape[:-1], 1)
 
 
 def sum_rows(
