@@ -494,7 +494,7 @@ def loss_and_grads(
     the gradient with respect to each activation, by the same names. An edit by an array or a
     function counts as a constant, unless it has a method `backward`, as `hooks.Add` has.
     Raises ValueError as `forward` does, or for targets of another shape, outside the vocabulary,
-    or, without n_counted, all -1.
+    or, without n_counted, all -1, or for grads of another model.
     """
     batch, targets, n_counted = checks.check_targets(params, tokens, targets, n_counted)
     checks.check_grads(params, grads)
@@ -519,7 +519,8 @@ def gradient(
     """Return the gradient of any scalar of the logits of `forward`, a Params like `params`.
 
     `dlogits` is the gradient of the scalar with respect to the logits. The other parameters are
-    those of `loss_and_grads`. Raises ValueError as `forward` does, or for another shape of dlogits.
+    those of `loss_and_grads`. Raises ValueError as `forward` does, or for another shape of dlogits
+    or grads of another model.
     """
     batch, is_single = checks.check_tokens(params, tokens), np.ndim(tokens) == 1
     dout = checks.check_dlogits(params, tokens, dlogits)
@@ -676,8 +677,8 @@ def generate(
     `eot` is the end-of-text id, by default the last of the vocabulary, as in GPT-2; None if there
     is none. Ids from `n_vocab` on are never drawn: a tokenizer may lack them. See
     `next_token_probs` and `apply_repetition_penalty` for the sampling parameters. `edit` is that of
-    `forward`: its functions see each prompt first, (1, T, C), then the newest tokens, (B, 1, C);
-    and of a window that is read anew all but its newest token, (1, n, C).
+    `forward`: its functions see each prompt first, (1, T, C), then the newest tokens, (B, 1, C).
+    When a full window is read anew, they see all of it but its newest token, (1, n, C).
     Raises ValueError for a prompt longer than n_ctx, ids outside the vocabulary, or a sampling
     parameter out of range.
     """
@@ -708,7 +709,7 @@ def decode(
     temperature, top_k, top_p, seed, penalty = sampling
     texts = [list(prompt) for prompt in prompts]
     rngs = [np.random.default_rng(None if seed is None else seed + b) for b in range(len(texts))]
-    room = min(max(map(len, texts)) + n_tokens, params.config.n_ctx)  # tokens it may read
+    room = min(max(map(len, texts)) + n_tokens, params.config.n_ctx)  # tokens of the longest text
     kv = KVCache(replace(params.config, n_ctx=room), len(texts), params.flat.dtype)
     for n in range(n_tokens):
         read = prefill if n == 0 else decode_step

@@ -347,7 +347,8 @@ def train(
         RunLog(run.current if reports else None, state.step, config.steps) as log,
         saved_on_error(save, state),
     ):
-        kept_loss = checkpoint.best_loss(run.current, state.data)  # may be of a later step
+        # The best model there may be of a later step than the checkpoint.
+        kept_loss = checkpoint.best_loss(run.current, state.data) if reports else math.inf
         while state.step < config.steps and not state.is_stale:
             if any(group.all_gather(interrupted())):
                 break
@@ -452,7 +453,7 @@ def make_state(
         check_tokenizer(args.init, params.config, enc.n_vocab)
     config, group = make_config(args, params.config), args.group if args.shard else None
     optimizer = make_optimizer(config.optimizer, params, group)
-    return TrainState(params, config, optimizer=optimizer, data=data)
+    return TrainState(params, config, optimizer=optimizer)
 
 
 def time_step(args: Namespace, tokens: Tokens, model: Config) -> float:
@@ -496,13 +497,15 @@ def train_command(args: Namespace) -> None:
     if state.step < config.steps and not state.is_stale:
         train_cli.say_stopped(state.step, args)
         sys.exit(130)
-    train_cli.say_done(state, args)
+    if group.rank == 0:
+        train_cli.say_done(state, args)
 
 
 def eval_command(args: Namespace) -> None:
     """Print how well --init predicts --data, as `evaluate.py --data` does."""
     group = args.group
     with group.rank_zero_first():  # it downloads and encodes; the others find that done
+        datasets.find(args.data)  # before a model is downloaded
         params = gpt2.load(args.init, args.models_dir)
         enc = find_tokenizer(args)
         check_tokenizer(args.init, params.config, enc.n_vocab)

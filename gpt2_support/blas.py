@@ -192,10 +192,10 @@ def parallel_for(function: Callable[[slice], object], n: int, work: int) -> None
     if not others:
         function(first)
         return
-    errors = np.geterr()
+    errors, callback = np.geterr(), np.geterrcall()
 
     def call(part: slice) -> None:
-        with np.errstate(**errors):
+        with np.errstate(**errors, call=callback):  # type: ignore[arg-type]
             function(part)
 
     with one_thread():
@@ -316,7 +316,8 @@ def mean_last(
 def max_last(x: Float[ndarray, "*N C"]) -> Float[ndarray, "*N 1"]:
     """Return the largest value along the last axis of (..., C) -> (..., 1).
 
-    `max` is slow on rows of few values. It is faster on columns, and argmax on longer rows.
+    `max` is slow along short rows. Up to 32 values it works on a copy in columns instead; longer
+    rows take argmax.
     """
     rows = x.reshape(-1, x.shape[-1])
     if x.shape[-1] <= 32:

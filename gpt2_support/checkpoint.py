@@ -165,9 +165,9 @@ VALIDATION = "val_data", "eval_tokens"  # the data for validation, and what is m
 
 
 def same_validation(before: Any, now: dict[str, str] | None) -> bool:
-    """Tell whether two losses can be compared: `before` and `now` tell on which tokens they were.
+    """Tell whether two losses can be compared, by the facts about what each was measured on.
 
-    What one of them does not tell, as older runs did not, counts as the same.
+    A fact that either lacks, as those of older runs do, counts as the same.
     """
     before, now = before or {}, now or {}
     names = (name for name in VALIDATION if before.get(name) and name in now)
@@ -189,7 +189,10 @@ def save_best(
         llmc.write_model(file, params.config, params.named.__getitem__)
         sync(file)
         with atomic_write(folder / "best" / BEST_LOSS) as small:
-            facts = {"val_loss": val_loss, "parameters": checksum(params.flat.astype("<f4"))}
+            facts = {
+                "val_loss": val_loss,
+                "parameters": checksum(params.flat.astype("<f4", copy=False)),
+            }
             facts |= {name: data[name] for name in VALIDATION if data and name in data}
             small.write(json.dumps(facts).encode() + b"\n")
 
@@ -207,7 +210,8 @@ def best_loss(folder: Path, data: dict[str, str] | None = None) -> float:
             flat = llmc.load_params(path.with_name("model.bin")).flat
             is_of_it = facts.get("parameters") in (None, checksum(flat))
             counts = is_of_it and same_validation(facts, data)
-            return float(facts["val_loss"]) if counts else math.inf
+            loss = float(facts["val_loss"])
+            return loss if counts and math.isfinite(loss) else math.inf
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-            info(f"{path}: ignored, it holds no loss: {preview(str(error))}")
+            info(f"{path}: ignored: {preview(str(error))}")
     return math.inf

@@ -295,7 +295,8 @@ def status_of(function: Callable[[], object]) -> int | str | None:
             return 2
         return printable(message, sys.stderr)
     except RuntimeError as error:
-        if "start new thread" not in str(error):  # where there are as many as there may be
+        if "start new thread" not in str(error):  # the limit of threads is reached
             raise
-        return f"{Path(sys.argv[0]).name}: error: {error}: the system refuses it"
+        name = Path(sys.argv[0]).name.removesuffix(".exe")
+        return printable(f"{name}: error: {error}: the system allows no more", sys.stderr)
     return None

@@ -102,7 +102,8 @@ def find(name: Path) -> Path:
 
 def default_docs(text: str | Path) -> str:
     """Return what separates the documents of a text, as --docs says it, if that is not given."""
-    return DATA_SETS[str(text)].docs if str(text) in DATA_SETS else "eot"
+    is_data_set = str(text) in DATA_SETS and not Path(text).is_file()
+    return DATA_SETS[str(text)].docs if is_data_set else "eot"
 
 
 def advice(name: Path) -> str:

@@ -130,7 +130,7 @@ def add_encode_command(commands: argparse._SubParsersAction) -> cli.ArgumentPars
     add("--out", type=cli.path, required=True, help="the file to write (required); the tokenizer "
         "goes beside it, for train.py: stories.tokenizer.bin for stories.bin")  # fmt: skip
     docs = "what a document is: a whole file, a line (without its line end), or what lies between "
-    docs += f"lines of only {EOT_TEXT} (default: eot; lines for the data set names)"
+    docs += f"lines of only {EOT_TEXT} (default: eot, or lines for the data set called names)"
     add("--docs", choices=corpus.SEPARATORS, help=docs)
     add("--n_procs", type=cli.positive_int, default=n_procs, help="processes to use")
     return parser

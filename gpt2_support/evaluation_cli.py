@@ -99,7 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for applies, flags, reason in rules:
         for name in sorted(flags & given if applies else ()):
             parser.error(f"argument --{name}: it would do nothing, since {reason}")
-    if "docs" not in given:
+    if args.data is not None and "docs" not in given:
         args.docs = datasets.default_docs(args.data)
     return args
 
@@ -120,7 +120,7 @@ def is_file(text: str) -> bool:
 def run_evaluation(gpt2: Any, encoder: Any, argv: Sequence[str] | None = None) -> None:
     """Run the command line: `python evaluate.py --help`."""
     args = parse_args(argv)
-    if args.data is not None and not args.is_task:
+    if args.data is not None and str(args.data) not in tasks.TASKS:
         datasets.find(args.data)  # before a model is downloaded
     path = hub.find_model_or_default(args.model, args.models_dir)
     params, folder = load_params(path), path if path.is_dir() else path.parent

@@ -111,12 +111,14 @@ def find_tokenizer(name: str | Path, models_dir: str | Path = MODELS_DIR) -> Pat
     """Return a path with a token table: `name` itself, or the folder of a model of that name.
 
     What is not there is downloaded: of OpenAI's models the table alone, of the others the model.
-    A folder without a table is returned if there is nothing to download.
+    A folder without a table is returned if it holds a model, or if there is nothing to download.
     """
-    name = MODEL_ALIASES.get(str(name), str(name))
-    paths = [Path(name), *candidates(name, models_dir)]
+    given, name = Path(name), MODEL_ALIASES.get(str(name), str(name))
+    paths = [given, *candidates(name, models_dir)]
     for path in paths:
-        if path.is_file() or has_tokenizer(path):
+        # A model that lacks its table does not take that of another one; OpenAI's have the same.
+        lacks_it = is_model(path) and (path == given or name not in MODEL_NAMES)
+        if path.is_file() or has_tokenizer(path) or lacks_it:
             return path
     if name in MODEL_NAMES:
         return download_tokenizer(name, Path(models_dir))
@@ -185,9 +187,8 @@ def find_default_model(models_dir: str | Path = MODELS_DIR) -> Path:
         return find_model("124M", models_dir, hurried=True)
     except (OSError, ValueError) as error:
         path = BUNDLED_DIR / BUNDLED_MODEL
-        if not isinstance(
-            error, (ConnectionError, RefusedRequest, BadAnswer)
-        ):  # `fetch_model` has told
+        told = ConnectionError, RefusedRequest, BadAnswer  # which `fetch_model` has printed
+        if not isinstance(error, told):
             info(str(error))
         info(
             "GPT-2 is not here and cannot be downloaded now: using the bundled model "

@@ -86,7 +86,7 @@ def has_model(folder: Path) -> bool:
 def check_unused(folder: Path, overwrite: bool) -> None:
     """Raise ValueError if a folder has a model already, which may not be replaced."""
     bundled = folders.BUNDLED_DIR / folders.BUNDLED_MODEL
-    if os.path.realpath(folder) == os.path.realpath(bundled):
+    if has_model(folder) and os.path.realpath(folder) == os.path.realpath(bundled):
         raise ValueError(f"{folder}: the bundled model is there: give another --out")
     if not overwrite and has_model(folder):
         resume = "--resume goes on with it, " if (folder / "state.npz").exists() else ""

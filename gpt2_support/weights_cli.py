@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2_support import datasets
@@ -17,6 +16,7 @@ from gpt2_support.hub import (
     MODELS_DIR,
     OPENAI_URL,
     download,
+    is_model,
     resolve_name,
 )
 from gpt2_support.messages import info
@@ -151,8 +151,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.keep and not any((path / name).exists() for name in ("openai", "huggingface")):
             info("--keep: the downloaded files are no longer there")
     else:
-        here = [args.source, *candidates(args.source)]  # `stories`, say, the bundled model
-        source = next(filter(Path.exists, here), args.source)
+        name = MODEL_ALIASES.get(str(args.source), args.source)
+        here = [args.source, *candidates(name)]  # `stories`, say, the bundled model
+        source = next(filter(is_model, here), args.source)
         convert(source, args.target, args.to, args.overwrite, args.dtype)
 
 

@@ -11,6 +11,7 @@ import inspect
 import itertools
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +22,9 @@ from unittest import mock
 
 import hypothesis
 import pytest
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a job in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"

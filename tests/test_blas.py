@@ -157,6 +157,15 @@ def test_threads_treat_floating_point_errors_as_the_caller_does(monkeypatch):
     assert seen == 3 * [expected]
 
 
+def test_threads_call_what_the_caller_has_set_for_floating_point_errors(monkeypatch):
+    monkeypatch.setattr(blas, "get_threads", lambda: 3)
+    monkeypatch.setattr(blas, "set_threads", lambda n: None)
+    seen, huge = [], np.full(2, 1e300)
+    with np.errstate(over="call", call=lambda error, flag: seen.append(error)):
+        blas.parallel_for(lambda part: np.square(huge), 3, work=1 << 40)
+    assert seen == 3 * ["overflow"]
+
+
 def test_one_blas_thread_is_for_the_block_only():
     before = blas.get_threads()
     with pytest.raises(KeyError), blas.one_thread():

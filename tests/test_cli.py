@@ -23,7 +23,7 @@ def test_a_system_without_threads_is_an_error_on_one_line():
     def wrong():
         raise RuntimeError("another error")
 
-    assert "error: can't start new thread: the system" in str(cli.status_of(refused))
+    assert "error: can't start new thread: the system allows" in str(cli.status_of(refused))
     with pytest.raises(RuntimeError, match="another"):
         cli.status_of(wrong)
 

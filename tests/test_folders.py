@@ -121,12 +121,21 @@ def test_bundled_model_is_found_from_everywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert gpt2.load("stories", tmp_path).config.n_vocab == 4096
     assert encoder.load("stories", tmp_path).n_vocab == 4096
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "stories").mkdir()  # a folder of another kind does not hide the model
     assert encoder.load("stories", tmp_path / "none").n_vocab == 4096
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty: no token table in this folder"):
         encoder.load("empty", tmp_path / "none")
+
+
+def test_model_at_a_path_has_its_own_tokenizer_or_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "124M", "stories"):
+        make_model(tmp_path / name)
+        with pytest.raises(FileNotFoundError, match=f"{name}: no token table in this folder"):
+            encoder.load(name, tmp_path / "none")
+        encoder.train("", 257).save(tmp_path / name / "tokenizer.bin")
+        assert encoder.load(Path(name), tmp_path / "none").n_vocab == 257
 
 
 def test_default_model_is_the_bundled_one_without_a_network(tmp_path, monkeypatch, capsys):

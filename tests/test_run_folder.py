@@ -471,6 +471,8 @@ def test_run_whose_output_goes_nowhere_comes_to_its_end(fish, out, streams):
 
 def test_bundled_model_is_not_replaced(call, fish, monkeypatch, tmp_path):
     monkeypatch.setattr("gpt2_support.folders.BUNDLED_DIR", tmp_path)
+    (tmp_path / "stories").mkdir()
+    (tmp_path / "stories" / "model.bin").touch()
     done = call(train, *fish("--out", tmp_path / "stories", "--overwrite"))
     assert done.returncode == 1 and "the bundled model is there" in done.stderr.splitlines()[-1]
 
@@ -522,6 +524,12 @@ def test_damaged_loss_of_the_best_model_is_ignored(tmp_path, text, capsys):
     (tmp_path / "best" / "val_loss.json").write_text(text)
     assert checkpoint.best_loss(tmp_path) == np.inf
     assert "val_loss.json: ignored" in capsys.readouterr().err
+
+
+def test_loss_of_the_best_model_that_is_not_finite_does_not_count(tmp_path):
+    for loss in (np.nan, -np.inf):
+        checkpoint.save_best(tmp_path, train.init_params(TINY), loss)
+        assert checkpoint.best_loss(tmp_path) == np.inf
 
 
 def test_a_run_that_comes_to_no_step_leaves_no_folder(call, fish, out, monkeypatch):
