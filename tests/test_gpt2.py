@@ -255,6 +255,7 @@ def test_a_product_of_few_rows_is_the_product(monkeypatch, n_threads, n_rows, n_
     monkeypatch.setattr(blas, "WORTH_A_THREAD", 1)
     monkeypatch.setattr(blas, "has_small_kernels", lambda: True)
     monkeypatch.setattr(blas, "get_threads", lambda: n_threads)
+    monkeypatch.setattr(blas, "set_threads", lambda n: None)
     x, w = normal(n_rows, 40), normal(n_out, 40, seed=3)
     actual = blas.matmul(x, w.T)
     assert actual.flags.c_contiguous
@@ -417,6 +418,7 @@ def test_dropout_of_attention_does_not_depend_on_tiles(monkeypatch, n_threads):
     monkeypatch.setattr(tiles, "QUERIES", 2)
     monkeypatch.setattr(blas, "WORTH_A_THREAD", 1)
     monkeypatch.setattr(blas, "get_threads", lambda: n_threads)
+    monkeypatch.setattr(blas, "set_threads", lambda n: None)
     loss, tiled = gpt2.loss_and_grads(params, tokens, tokens, drop=Dropout(0.5, 0))
     assert loss == pytest.approx(expected, rel=1e-12)
     np.testing.assert_allclose(tiled.flat, grads.flat, rtol=0, atol=1e-12)
