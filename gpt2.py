@@ -497,10 +497,9 @@ def loss_and_grads(
     or, without n_counted, all -1, or for grads of another model.
     """
     batch, targets, n_counted = checks.check_targets(params, tokens, targets, n_counted)
-    checks.check_grads(params, grads)
+    grads = checks.check_grads(params, grads)
     is_single = np.ndim(tokens) == 1
     hook = hooks.make(params.config, is_single, edit, record, record_grads, drop, logits=False)
-    grads = params.zeros_like() if grads is None else grads
     caches: Caches = deque()
     x = transformer(params, batch, None, hook, caches)
     losses, dx = lm_head_loss(as_rows(x), params.wte, targets, grads.wte, n_counted)
@@ -524,9 +523,8 @@ def gradient(
     """
     batch, is_single = checks.check_tokens(params, tokens), np.ndim(tokens) == 1
     dout = checks.check_dlogits(params, tokens, dlogits)
-    checks.check_grads(params, grads)
+    grads = checks.check_grads(params, grads)
     hook = hooks.make(params.config, is_single, edit, None, record_grads, logits=False)
-    grads = params.zeros_like() if grads is None else grads
     caches: Caches = deque()
     x = transformer(params, batch, None, hook, caches)
     accumulate_matmul(grads.wte, dout.T, as_rows(x))
@@ -684,10 +682,10 @@ def generate(
     """
     sampling = checks.check_sampling(temperature, top_k, top_p, seed, repetition_penalty)
     n_vocab, eot = checks.check_vocabulary(params, n_vocab, eot)
-    prompts, is_single = checks.check_prompts(params, tokens, n_tokens, eot)
+    n_tokens = checks.check_whole("n_tokens", n_tokens)
+    prompts, is_single = checks.check_prompts(params, tokens, eot)
     hook = hooks.make(params.config, False, edit)
-    n = int(n_tokens)  # a NumPy scalar may be too small for sums with it
-    steps = (ids for ids, _ in decode(params, prompts, n, sampling, eot, n_vocab, hook))
+    steps = (ids for ids, _ in decode(params, prompts, n_tokens, sampling, eot, n_vocab, hook))
     going = itertools.takewhile(lambda ids: any(id != eot for id in ids), steps)
     return (ids[0] for ids in going) if is_single else going
 

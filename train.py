@@ -324,11 +324,12 @@ def train(
     enc: Encoder,
     out: Path,
     workers: DataParallel,
-) -> None:
+) -> float:
     """Take the remaining steps of a run, in place; write its log and checkpoints to `out`.
 
     All ranks learn and validate; rank 0 also samples and logs. Ctrl-C on any rank ends the loop
     between two steps and saves a checkpoint; after an error `saved_on_error` saves one if it can.
+    Returns the lowest validation loss, on rank 0 that of the model in `best/`.
     """
     config, group, lengths = state.config, workers.group, datasets.token_lengths(enc)
     reports = group.rank == 0
@@ -376,6 +377,7 @@ def train(
                 save()
         if state.step > 0:
             save()
+    return min(state.best_loss, kept_loss)
 
 
 def validate(state: TrainState, val: Tokens, lengths: Lengths, group: ProcessGroup) -> Evaluation:
@@ -493,12 +495,12 @@ def train_command(args: Namespace) -> None:
         planning.plan_steps(args, state, seconds, len(tokens))
     state.data = data | checkpoint.measured(val_tokens, config)
     train_cli.describe(state, len(tokens), seconds, gpt2.LM_HEAD_ROWS)
-    train(state, loader, val_tokens[: config.eval_tokens], enc, out, workers)
+    lowest_loss = train(state, loader, val_tokens[: config.eval_tokens], enc, out, workers)
     if state.step < config.steps and not state.is_stale:
         train_cli.say_stopped(state.step, args)
         sys.exit(130)
     if group.rank == 0:
-        train_cli.say_done(state, args)
+        train_cli.say_done(state, args, lowest_loss)
 
 
 def eval_command(args: Namespace) -> None:

@@ -147,8 +147,9 @@ def checksum(array: ndarray) -> str:
 
 def measured(val_tokens: ndarray, config: Any) -> dict[str, str]:
     """Return a fingerprint of what a validation with a train.TrainConfig measures."""
-    what = fingerprint(eval_tokens=val_tokens[: config.eval_tokens])
-    return {name: f"{text}, in windows of {config.seq_len}" for name, text in what.items()}
+    facts = fingerprint(eval_tokens=val_tokens[: config.eval_tokens])
+    facts["eval_tokens"] += f", in windows of {config.seq_len}"
+    return facts
 
 
 def check_data(folder: Path, before: Any, now: dict[str, str]) -> None:

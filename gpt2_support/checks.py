@@ -126,10 +126,13 @@ def check_targets(
     return tokens, targets.ravel(), n_counted
 
 
-def check_grads(params: Params, grads: Params | None) -> None:
-    """Raise ValueError unless grads, if there are any, are a Params of the same shapes."""
-    if grads is not None and getattr(grads, "config", None) != params.config:
+def check_grads(params: Params, grads: Params | None) -> Params:
+    """Return grads, by default zeros; raise ValueError if they are those of another model."""
+    if grads is None:
+        return params.zeros_like()
+    if getattr(grads, "config", None) != params.config:
         raise ValueError("grads are not those of this model: params.zeros_like() makes some")
+    return grads
 
 
 def check_dlogits(params: Params, tokens: ArrayLike, dlogits: ArrayLike) -> Float[ndarray, "N V"]:
@@ -142,14 +145,11 @@ def check_dlogits(params: Params, tokens: ArrayLike, dlogits: ArrayLike) -> Floa
     return array.astype(params.flat.dtype, copy=False).reshape(-1, shape[-1])
 
 
-def check_prompts(
-    params: Params, tokens: object, n_tokens: int, eot: int | None
-) -> tuple[list[list[int]], bool]:
+def check_prompts(params: Params, tokens: object, eot: int | None) -> tuple[list[list[int]], bool]:
     """Return the prompts as lists of ids, and whether `tokens` is a single prompt.
 
     An empty prompt becomes that of end-of-text alone. Raises ValueError with value and limit.
     """
-    check_whole("n_tokens", n_tokens)
     given = to_lists(tokens)
     are_prompts = [isinstance(x, list) for x in given] if isinstance(given, list) else [False]
     if any(are_prompts) and not all(are_prompts):

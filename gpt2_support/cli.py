@@ -278,6 +278,7 @@ def prepare_streams() -> None:
 
 def status_of(function: Callable[[], object]) -> int | str | None:
     """Call a function; return the exit status, or the message, of the error that it ended with."""
+    program = Path(sys.argv[0]).name.removesuffix(".exe")
     try:
         function()
     except SystemExit as exit:
@@ -287,9 +288,8 @@ def status_of(function: Callable[[], object]) -> int | str | None:
     except BrokenPipeError:  # whoever read the output, `head` say, has had enough
         return 1
     except (ValueError, OSError, ImportError, MemoryError, OverflowError) as error:
-        name = Path(sys.argv[0]).name.removesuffix(".exe")
         nameless = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
-        message = f"{name}: error: {one_line(str(error)) or nameless}"
+        message = f"{program}: error: {one_line(str(error)) or nameless}"
         if isinstance(error, BadArgument):
             info(message)
             return 2
@@ -297,6 +297,5 @@ def status_of(function: Callable[[], object]) -> int | str | None:
     except RuntimeError as error:
         if "start new thread" not in str(error):  # the limit of threads is reached
             raise
-        name = Path(sys.argv[0]).name.removesuffix(".exe")
-        return printable(f"{name}: error: {error}: the system allows no more", sys.stderr)
+        return printable(f"{program}: error: {error}: the system allows no more", sys.stderr)
     return None

@@ -149,14 +149,17 @@ def sum_losses(
 
     def sums(i: int) -> tuple[tuple[float, float], int]:
         batch = windows.batch(i)
-        x = losses(batch)
-        both = float(x.sum(dtype=np.float64)), float(np.square(x, dtype=np.float64).sum())
-        return both, int(np.count_nonzero(batch[1] != IGNORE_INDEX))
+        return sum_and_squares(losses(batch)), int(np.count_nonzero(batch[1] != IGNORE_INDEX))
 
     numbers = range(group.rank, len(windows), group.size)
     here = parallel_map(sums, numbers, len(windows.tokens) - 1, "tok", group.size)
     nats, squares = zip(*itertools.chain(*group.all_gather(here)), strict=True)
     return math.fsum(nats), math.fsum(squares)  # exact, so in any order
+
+
+def sum_and_squares(nats: Float[ndarray, "*N"]) -> tuple[float, float]:
+    """Return the sum of losses and that of their squares, added up in float64."""
+    return float(nats.sum(dtype=np.float64)), float(np.square(nats, dtype=np.float64).sum())
 
 
 def token_losses(losses: Losses, windows: Windows) -> Float[ndarray, " N"]:

@@ -215,8 +215,7 @@ def score_text(
     nats = evaluation.token_losses(lambda batch: gpt2.token_losses(params, *batch), windows)
     evaluation.check_finite(nats)
     n_bytes = int(datasets.token_lengths(enc)[tokens[1:]].sum())
-    sums = (float(x.sum(dtype=np.float64)) for x in (nats, np.square(nats, dtype=np.float64)))
-    total, squares = sums
+    total, squares = evaluation.sum_and_squares(nats)
     result = evaluation.Evaluation(total, len(nats), n_bytes, squares)
     rows = [
         {"id": id, "text": enc.decode([id]), "nats": loss, "prob": math.exp(-loss)}

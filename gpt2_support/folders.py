@@ -20,6 +20,11 @@ BUNDLED_DIR = PACKAGE / "bundled" if INSTALLED else PACKAGE.parent / "models"
 BUNDLED_MODEL = "stories"
 
 
+def bundled_model() -> Path:
+    """Return the folder of the bundled model, whatever other models have its name."""
+    return BUNDLED_DIR / BUNDLED_MODEL
+
+
 def user_cache_dir() -> Path:
     """Return the folder in which an installed package keeps `models` and `datasets`."""
     home = Path(os.path.expanduser("~"))

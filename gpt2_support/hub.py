@@ -16,7 +16,7 @@ from typing import Any
 
 from gpt2_support import cli, huggingface_hub
 from gpt2_support.files import DamagedFile, check_regular, file_hash, hold_lock, make_folders
-from gpt2_support.folders import BUNDLED_DIR, BUNDLED_MODEL, MODELS_DIR, candidates
+from gpt2_support.folders import BUNDLED_MODEL, MODELS_DIR, bundled_model, candidates
 from gpt2_support.formats import token_table
 from gpt2_support.formats.llmc import load_params
 from gpt2_support.formats.token_table import load_tokenizer, save_tokenizer
@@ -93,7 +93,7 @@ def find_model(
     if not isinstance(name, str | os.PathLike):
         actual = f"a {type(name).__name__}"
         raise ValueError(f'a model is given by its name, "124M" say, or its path, not by {actual}')
-    paths = [Path(name), *candidates(MODEL_ALIASES.get(str(name), name), models_dir)]
+    paths = possible_paths(name, models_dir)
     for path in paths:
         if is_model(path):
             find_reader(path)  # says what is wrong with a file that cannot be read
@@ -101,9 +101,21 @@ def find_model(
     if can_be_downloaded(str(name), Path(models_dir)):
         return download(str(name), models_dir, hurried=hurried)
     raise FileNotFoundError(
-        f"no model {name}: expected a model file, or a folder with "
-        f"model.bin, at one of {', '.join(map(str, paths))}, or one of {', '.join(MODEL_NAMES)}, "
-        f"or owner/name of the Hugging Face hub, to download{problem_with(Path(name))}"
+        f"no model {name}: expected a model file, or a folder with model.bin, "
+        f"{places(paths)}{problem_with(Path(name))}"
+    )
+
+
+def possible_paths(name: str | Path, models_dir: str | Path = MODELS_DIR) -> list[Path]:
+    """Return `name` itself and the paths of models of that name, as they are tried."""
+    return [Path(name), *candidates(MODEL_ALIASES.get(str(name), name), models_dir)]
+
+
+def places(paths: list[Path]) -> str:
+    """Return where something was looked for and from where it can be had, for a message."""
+    return (
+        f"at one of {', '.join(map(str, paths))}, or one of {', '.join(MODEL_NAMES)}, "
+        "or owner/name of the Hugging Face hub, to download"
     )
 
 
@@ -113,11 +125,10 @@ def find_tokenizer(name: str | Path, models_dir: str | Path = MODELS_DIR) -> Pat
     What is not there is downloaded: of OpenAI's models the table alone, of the others the model.
     A folder without a table is returned if it holds a model, or if there is nothing to download.
     """
-    given, name = Path(name), MODEL_ALIASES.get(str(name), str(name))
-    paths = [given, *candidates(name, models_dir)]
+    paths, name = possible_paths(name, models_dir), MODEL_ALIASES.get(str(name), str(name))
     for path in paths:
         # A model that lacks its table does not take that of another one; OpenAI's have the same.
-        lacks_it = is_model(path) and (path == given or name not in MODEL_NAMES)
+        lacks_it = is_model(path) and (path == paths[0] or name not in MODEL_NAMES)
         if path.is_file() or has_tokenizer(path) or lacks_it:
             return path
     if name in MODEL_NAMES:
@@ -125,12 +136,12 @@ def find_tokenizer(name: str | Path, models_dir: str | Path = MODELS_DIR) -> Pat
     try:
         return find_model(name, models_dir)
     except FileNotFoundError:
-        for folder in filter(Path.is_dir, paths):
+        folder = next(filter(Path.is_dir, paths), None)
+        if folder is not None:
             return folder
         raise FileNotFoundError(
             f"no tokenizer {name}: expected a tokenizer.bin, tokenizer.json or encoder.json, or a "
-            f"folder with one, at one of {', '.join(map(str, paths))}, or one of "
-            f"{', '.join(MODEL_NAMES)}, or owner/name of the Hugging Face hub, to download"
+            f"folder with one, {places(paths)}"
         ) from None
 
 
@@ -186,7 +197,7 @@ def find_default_model(models_dir: str | Path = MODELS_DIR) -> Path:
     try:
         return find_model("124M", models_dir, hurried=True)
     except (OSError, ValueError) as error:
-        path = BUNDLED_DIR / BUNDLED_MODEL
+        path = bundled_model()
         told = ConnectionError, RefusedRequest, BadAnswer  # which `fetch_model` has printed
         if not isinstance(error, told):
             info(str(error))
@@ -225,9 +236,10 @@ def download(
     if find_problem(folder, name) is None and not work.exists() and not lock.exists():
         info(f"{folder}: already downloaded")
         return folder
-    if find_run(folder):
+    run = find_run(folder)
+    if run:
         raise ValueError(
-            f"{folder}: holds a training run ({find_run(folder)[0].name}), not the model {name}: "
+            f"{folder}: holds a training run ({run[0].name}), not the model {name}: "
             "move it, or give another folder of models"
         )
     models_dir.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ def answer(
     ids: list[int],
 ) -> str:
     """Continue a prompt, write the text as `streaming.write_samples` does, and return it."""
-    prompts, _ = checks.check_prompts(params, [ids] * args.n_samples, args.n_tokens, enc.eot)
+    prompts, _ = checks.check_prompts(params, [ids] * args.n_samples, enc.eot)
     sampling = checks.Sampling(*(vars(args)[name] for name in checks.Sampling._fields))
     steps = decode(params, prompts, args.n_tokens, sampling, enc.eot, len(enc.tokens))
     # At temperature 0 the most probable ids are those at temperature 1: else one would be left.

@@ -85,8 +85,8 @@ def has_model(folder: Path) -> bool:
 
 def check_unused(folder: Path, overwrite: bool) -> None:
     """Raise ValueError if a folder has a model already, which may not be replaced."""
-    bundled = folders.BUNDLED_DIR / folders.BUNDLED_MODEL
-    if has_model(folder) and os.path.realpath(folder) == os.path.realpath(bundled):
+    is_bundled = os.path.realpath(folder) == os.path.realpath(folders.bundled_model())
+    if is_bundled and has_model(folder):
         raise ValueError(f"{folder}: the bundled model is there: give another --out")
     if not overwrite and has_model(folder):
         resume = "--resume goes on with it, " if (folder / "state.npz").exists() else ""

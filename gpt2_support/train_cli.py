@@ -385,6 +385,7 @@ def describe(state: Any, n_tokens: int, seconds: float, head_rows: int) -> None:
 
 
 def plural(n: int, noun: str) -> str:
+    """Return "1 layer" or "2 layers"."""
     return f"{n} {noun}{'s' * (n != 1)}"
 
 
@@ -404,7 +405,7 @@ def say_stopped(step: int, args: Namespace) -> None:
     info(f"{args.out}: saved at step {step}; go on with: {command}")
 
 
-def say_done(state: Any, args: Namespace) -> None:
+def say_done(state: Any, args: Namespace, lowest_loss: float) -> None:
     """Say where the models of a train.TrainState are, and how to sample from the result."""
     best, config = args.out / "best", state.config
     if state.is_stale:
@@ -417,7 +418,6 @@ def say_done(state: Any, args: Namespace) -> None:
     if args.prompt.startswith("-"):
         words = [*words[1:], "--", args.prompt]
     command = cli.command("gpt2.py", *words)
-    loss = min(state.best_loss, checkpoint.best_loss(args.out, state.data))
-    lowest = f"; the lowest validation loss was {loss:.4f}, by {best}"
-    lowest = lowest if math.isfinite(loss) else ""
+    lowest = f"; the lowest validation loss was {lowest_loss:.4f}, by {best}"
+    lowest = lowest if math.isfinite(lowest_loss) else ""
     info(f"{result / 'model.bin'}: done{lowest}. To sample: {command}")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from gpt2_support import datasets
 from gpt2_support.cli import ArgumentParser, folder, path, run
-from gpt2_support.folders import candidates
 from gpt2_support.formats.llmc import VERSIONS
 from gpt2_support.hub import (
     MODEL_ALIASES,
@@ -17,6 +16,7 @@ from gpt2_support.hub import (
     OPENAI_URL,
     download,
     is_model,
+    possible_paths,
     resolve_name,
 )
 from gpt2_support.messages import info
@@ -151,9 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.keep and not any((path / name).exists() for name in ("openai", "huggingface")):
             info("--keep: the downloaded files are no longer there")
     else:
-        name = MODEL_ALIASES.get(str(args.source), args.source)
-        here = [args.source, *candidates(name)]  # `stories`, say, the bundled model
-        source = next(filter(is_model, here), args.source)
+        here = filter(is_model, possible_paths(args.source))  # `stories`, say, the bundled model
+        source = next(here, args.source)
         convert(source, args.target, args.to, args.overwrite, args.dtype)
 
 

@@ -403,7 +403,7 @@ def test_cli_default_is_124m_where_it_is(cli, tmp_path, unreachable):
 
 def test_cli_default_without_network_is_the_bundled_model(cli, tmp_path, unreachable, monkeypatch):
     script_model(tmp_path / "bundled" / "stories", STORY)
-    monkeypatch.setattr("gpt2_support.hub.BUNDLED_DIR", tmp_path / "bundled")
+    monkeypatch.setattr("gpt2_support.folders.BUNDLED_DIR", tmp_path / "bundled")
     script_model(tmp_path / "stories", "The cat, another model of that name.")
     out, err = cli("The cat", "--models_dir", tmp_path)
     assert out == STORY.removeprefix("The cat") + "\n"
