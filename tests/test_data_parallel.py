@@ -1,10 +1,13 @@
 """Tests of gpt2_support/data_parallel.py; what a step computes is in test_train.py."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import TINY, random_params
+from helpers import ROOT, TINY, random_params
 
 import gpt2
 from gpt2_support import blas, data_parallel
@@ -32,6 +35,31 @@ def test_parallel_shares_the_elementwise_work_on_large_buffers(monkeypatch):
         monkeypatch.setattr(blas, "get_threads", lambda: 1)  # as within an optimizer's step
         assert workers.parallel(lambda i, n: (i, n)) == [(i, n) for i in range(n)]
         monkeypatch.setattr(blas, "get_threads", lambda: 3)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_parallel_works_in_a_forked_process_too():
+    code = """if True:
+    import os, sys, threading
+    sys.path.insert(0, "tests")
+    os.cpu_count = lambda: 2
+    from helpers import TINY, random_params
+    import gpt2
+    from gpt2_support.data_parallel import DataParallel
+    workers = DataParallel(gpt2.loss_and_grads, random_params(TINY))
+    workers.n_procs = 2  # as many threads share elementwise work
+    both = threading.Barrier(2)
+
+    def work(i, n):
+        both.wait()
+        return i
+
+    assert workers.parallel(work) == [0, 1]
+    if child := os.fork():
+        raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    os._exit(workers.parallel(work) != [0, 1])
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=30)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,13 @@ def test_words_know_every_space():
     assert re.sub(f"{pretokens.NON_SPACE}+", "", everything) == "".join(spaces)
 
 
+def test_word_cache_is_emptied_though_two_threads_have_filled_it():
+    cache = pretokens.WordCache(lambda word: (len(word),))
+    for i in range(131_073):  # one more than a thread by itself would leave
+        dict.__setitem__(cache, str(i), ())
+    assert cache["new"] == (3,) and len(cache) == 1
+
+
 def test_word_cache_is_bounded():
     calls = []
     cache = pretokens.WordCache(lambda word: calls.append(word) or (len(word),))

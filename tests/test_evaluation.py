@@ -138,6 +138,12 @@ def test_sum_losses_uses_two_threads_at_once(two_cores):
     assert evaluation.sum_losses(losses, make_windows(33)) == (32, 32)
 
 
+def test_sums_of_losses_are_those_of_float64():
+    nats = np.full(3, 1.1, np.float32)
+    exact = float(nats[0])
+    assert evaluation.sum_and_squares(nats) == (3 * exact, 3 * exact * exact)
+
+
 def test_sum_losses_stops_at_an_error():
     started = []
 

@@ -230,3 +230,16 @@ def test_command_refuses_in_one_clear_line(call, case):
 def test_way_is_refused_for_a_file_of_lambada(call, files):
     done = call(evaluate, "--model", "stories", "--data", files[0], "--way", "llm.c")
     assert done.returncode == 1 and "--way belongs to HellaSwag" in last_line(done)
+
+
+@pytest.mark.parametrize("name", ["absent.txt", "absent.jsonl"])
+@pytest.mark.parametrize("command", [evaluate, train, "tune"])
+def test_absent_data_are_reported_before_a_model_is_downloaded(call, monkeypatch, name, command):
+    monkeypatch.setattr("gpt2_support.hub.download", None)  # a call of it would be another error
+    flags = {
+        evaluate: ["--model", "someone/else"],
+        train: ["--eval_only", "--init", "someone/else"],
+    }
+    module = train if command == "tune" else command
+    done = call(module, "--data", name, *flags.get(command, ["--init", "someone/else"]))
+    assert done.returncode == 1 and f"error: {name}: no such file" in done.stderr.splitlines()[-1]

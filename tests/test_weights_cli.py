@@ -9,6 +9,12 @@ import utils
 from gpt2_support import weights
 
 
+def test_convert_takes_the_name_of_a_model_that_is_here(call, tmp_path):
+    done = call(utils, "convert", "stories", tmp_path / "hf", "--to", "hf")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+
+
 def test_base_url_of_a_model_of_the_hub_is_refused(call):
     done = call(utils, "download", "distilgpt2", "--base_url", "http://127.0.0.1:9")
     assert done.returncode == 2
